@@ -1,0 +1,189 @@
+"""The GPT: embeddings, a stack of blocks, a final norm, a head. Read from top to bottom.
+
+Shapes: B batch, T tokens, D model width, V vocabulary.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from octavo.config import ModelConfig
+from octavo.errors import ConfigError
+from octavo.model.attention import Attend, Attention, sdpa
+from octavo.model.kv_cache import CacheView
+from octavo.model.layers import MLP, make_norm, rope_table
+
+
+class Block(nn.Module):
+    """Attention, then an MLP, each added to the residual stream.
+
+    pre: ``x + f(norm(x))``; post: ``norm(x + f(x))``; sandwich: ``x + norm(f(norm(x)))``.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.norm_position = config.norm_position
+        self.attn_norm = make_norm(config)
+        self.attn = Attention(config, layer)
+        self.mlp_norm = make_norm(config)
+        self.mlp = MLP(config)
+        if config.norm_position == "sandwich":
+            self.attn_out_norm = make_norm(config)
+            self.mlp_out_norm = make_norm(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor] | None = None,
+        mask: Tensor | None = None,
+        cache: CacheView | None = None,
+        attend: Attend = sdpa,
+    ) -> Tensor:
+        """(B, T, D) to (B, T, D)."""
+        match self.norm_position:
+            case "pre":
+                x = x + self.drop(self.attn(self.attn_norm(x), rope, mask, cache, attend))
+                x = x + self.drop(self.mlp(self.mlp_norm(x)))
+            case "post":
+                x = self.attn_norm(x + self.drop(self.attn(x, rope, mask, cache, attend)))
+                x = self.mlp_norm(x + self.drop(self.mlp(x)))
+            case "sandwich":
+                y = self.attn(self.attn_norm(x), rope, mask, cache, attend)
+                x = x + self.drop(self.attn_out_norm(y))
+                x = x + self.drop(self.mlp_out_norm(self.mlp(self.mlp_norm(x))))
+        return x
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer: token ids in, logits out."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Build and initialize; ``config.vocab_size`` must be known."""
+        super().__init__()
+        if not config.vocab_size:
+            raise ConfigError(
+                "model.vocab_size is 0", fix="give the tokenizer's, e.g. ModelConfig(vocab_size=65)"
+            )
+        self.config = config
+        self.grad_checkpoint = False
+        self.tok_emb = nn.Embedding(config.vocab_size, config.d_model)
+        if config.uses_learned_positions:
+            self.pos_emb = nn.Embedding(config.block_size, config.d_model)
+        self.drop = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        post = config.norm_position == "post"  # its blocks end with a norm already
+        self.norm_f = nn.Identity() if post else make_norm(config)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.tok_emb.weight
+        if config.uses_rope:
+            cos, sin = rope_table(config, torch.arange(config.block_size))
+            self.register_buffer("rope_cos", cos, persistent=False)
+            self.register_buffer("rope_sin", sin, persistent=False)
+        self.initialize()
+
+    def initialize(self) -> None:
+        """GPT-2's weights: N(0, 0.02), biases 0, and what writes to the residual stream scaled
+        by 1/sqrt(2 n_layer), so that its variance does not grow with depth."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                residual = name.endswith(("o_proj", "down_proj"))
+                std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
+                if module is not self.lm_head or not self.config.tie_embeddings:
+                    nn.init.normal_(module.weight, std=std)
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(
+        self,
+        idx: Tensor,
+        cache: CacheView | None = None,
+        mask: Tensor | None = None,
+        attend: Attend = sdpa,
+    ) -> Tensor:
+        """Token ids (B, T) to logits (B, T, V)."""
+        return self.lm_head(self.hidden(idx, cache, mask, attend))
+
+    def hidden(
+        self,
+        idx: Tensor,
+        cache: CacheView | None = None,
+        mask: Tensor | None = None,
+        attend: Attend = sdpa,
+    ) -> Tensor:
+        """Token ids (B, T) to the final normed states (B, T, D), before the head.
+
+        ``cache`` holds earlier tokens and says where these stand; without it they start at 0.
+        ``mask`` (B, 1, T, T), True where a query may look, replaces plain causality.
+        """
+        positions = torch.arange(idx.size(1), device=idx.device) if cache is None else None
+        if cache is not None:
+            positions, mask = cache.positions, cache.mask()
+        x = self.tok_emb(idx)
+        if self.config.uses_learned_positions:
+            self._check_reach(positions)
+            x = x + self.pos_emb(positions)
+        x = self.drop(x)
+        rope = self._rope(positions) if self.config.uses_rope else None
+        for block in self.blocks:
+            if self.grad_checkpoint and self.training:
+                x = checkpoint(block, x, rope, mask, None, attend, use_reentrant=False)
+            else:
+                x = block(x, rope, mask, cache, attend)
+        if cache is not None:
+            cache.commit()
+        return self.norm_f(x)
+
+    def set_dropout(self, p: float) -> None:
+        """Change every dropout rate, for annealing."""
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = p
+            elif isinstance(module, Attention):
+                module.dropout = p
+
+    def _rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of these positions; beyond block_size they are computed anew."""
+        if positions.dim() == 1:
+            T = positions.size(0)
+            if self.rope_cos.size(0) >= T:
+                return self.rope_cos[:T], self.rope_sin[:T]
+            return rope_table(self.config, positions)
+        if self.rope_cos.size(0) > int(positions.max()):
+            cos, sin = self.rope_cos[positions], self.rope_sin[positions]
+        else:
+            cos, sin = rope_table(self.config, positions)
+        return cos[:, None], sin[:, None]  # (B, 1, T, E/2)
+
+    def _check_reach(self, positions: Tensor) -> None:
+        T = positions.size(-1)
+        if T > self.config.block_size:
+            raise ConfigError(
+                f"{T} tokens do not fit the {self.config.block_size} learned positions",
+                fix="shorten the text or train with a longer model.block_size",
+            )
+
+
+def cross_entropy(
+    model: GPT, idx: Tensor, targets: Tensor, mask: Tensor | None = None, chunk: int = 0
+) -> Tensor:
+    """Summed negative log-likelihood, in nats, of ``targets`` (B, T); targets of -100 do not count.
+
+    With ``chunk`` > 0 only so many rows of logits exist at a time, in the backward pass too: the
+    largest tensor of a small GPT, (B T, V), is never whole in memory.
+    """
+    states = model.hidden(idx, mask=mask).flatten(0, 1)  # (B T, D)
+    targets = targets.flatten()
+
+    def nll(rows: Tensor, wanted: Tensor) -> Tensor:
+        return F.cross_entropy(model.lm_head(rows).float(), wanted, reduction="sum")
+
+    if not chunk or states.size(0) <= chunk:
+        return nll(states, targets)
+    pieces = zip(states.split(chunk), targets.split(chunk), strict=True)
+    losses = [checkpoint(nll, rows, wanted, use_reentrant=False) for rows, wanted in pieces]
+    return torch.stack(losses).sum()
