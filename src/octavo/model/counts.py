@@ -1,4 +1,4 @@
-"""What a configuration costs: parameters, operations, bytes. Arithmetic only, nothing is allocated."""
+"""What a configuration costs: parameters, operations, bytes. Arithmetic only, no tensor."""
 
 from dataclasses import dataclass
 

@@ -87,8 +87,11 @@ class GPT(nn.Module):
         self.initialize()
 
     def initialize(self) -> None:
-        """GPT-2's weights: N(0, 0.02), biases 0, and what writes to the residual stream scaled
-        by 1/sqrt(2 n_layer), so that its variance does not grow with depth."""
+        """GPT-2's weights: N(0, 0.02) and zero biases (Radford et al. 2019).
+
+        What writes to the residual stream is scaled by 1/sqrt(2 n_layer), so that the stream's
+        variance does not grow with depth.
+        """
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 residual = name.endswith(("o_proj", "down_proj"))
@@ -120,12 +123,13 @@ class GPT(nn.Module):
         ``cache`` holds earlier tokens and says where these stand; without it they start at 0.
         ``mask`` (B, 1, T, T), True where a query may look, replaces plain causality.
         """
-        positions = torch.arange(idx.size(1), device=idx.device) if cache is None else None
-        if cache is not None:
+        if cache is None:
+            positions = torch.arange(idx.size(1), device=idx.device)
+        else:
             positions, mask = cache.positions, cache.mask()
         x = self.tok_emb(idx)
         if self.config.uses_learned_positions:
-            self._check_reach(positions)
+            self._check_reach(idx.size(1) if cache is None else cache.end)
             x = x + self.pos_emb(positions)
         x = self.drop(x)
         rope = self._rope(positions) if self.config.uses_rope else None
@@ -159,11 +163,10 @@ class GPT(nn.Module):
             cos, sin = rope_table(self.config, positions)
         return cos[:, None], sin[:, None]  # (B, 1, T, E/2)
 
-    def _check_reach(self, positions: Tensor) -> None:
-        T = positions.size(-1)
-        if T > self.config.block_size:
+    def _check_reach(self, length: int) -> None:
+        if length > self.config.block_size:
             raise ConfigError(
-                f"{T} tokens do not fit the {self.config.block_size} learned positions",
+                f"{length} tokens do not fit the {self.config.block_size} learned positions",
                 fix="shorten the text or train with a longer model.block_size",
             )
 

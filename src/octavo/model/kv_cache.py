@@ -85,10 +85,14 @@ class CacheView:
         if self.aligned and self.whole:
             buffer[:, :, self.start : self.end] = new
             return buffer[:, :, : self.end].to(new.dtype)
-        for row, (slot, count) in enumerate(zip(self.slots, self.counts, strict=True)):
-            start = self.cache.lengths[slot]  # each row up to its own count: padding is not kept
-            buffer[slot, :, start : start + count] = new[row, :, :count]
-        return buffer[self.slot_index, :, : self.end].to(new.dtype)
+        if self.positions.size(1) == 1:  # one token each: no padding, one store for all
+            buffer[self.slot_index, :, self.positions[:, 0]] = new[:, :, 0].to(buffer.dtype)
+        else:
+            for row, (slot, count) in enumerate(zip(self.slots, self.counts, strict=True)):
+                start = self.cache.lengths[slot]  # up to its own count: padding is not kept
+                buffer[slot, :, start : start + count] = new[row, :, :count]
+        rows = buffer if self.whole else buffer[self.slot_index]  # a full batch needs no gather
+        return rows[:, :, : self.end].to(new.dtype)
 
     def commit(self) -> None:
         """Count the new tokens as read; called once, after the last layer."""

@@ -91,24 +91,27 @@ def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     plain = 1.0 / config.rope_theta**exponents
     scaling = config.rope_scaling
-    if scaling is None or scaling.factor == 1.0:
+    if scaling is None:
         return plain, 1.0
     original = scaling.original_block_size or config.block_size
     match scaling.type:
         case "linear":
             return plain / scaling.factor, 1.0
         case "ntk":
-            stretch = scaling.factor ** (config.head_dim / max(config.head_dim - 2, 1))
-            return 1.0 / (config.rope_theta * stretch) ** exponents, 1.0
+            theta = ntk_theta(config.rope_theta, scaling.factor, config.head_dim)
+            return 1.0 / theta**exponents, 1.0
         case "yarn":
             return _yarn(plain, scaling, config.rope_theta, original)
         case "llama3":
             return _llama3(plain, scaling, original), 1.0
 
 
-def _yarn(
-    plain: Tensor, scaling: RopeScaling, theta: float, original: int
-) -> tuple[Tensor, float]:
+def ntk_theta(theta: float, factor: float, head_dim: int) -> float:
+    """The base that slows the slowest pair ``factor`` times and leaves the fastest alone."""
+    return theta * factor ** (head_dim / max(head_dim - 2, 1))
+
+
+def _yarn(plain: Tensor, scaling: RopeScaling, theta: float, original: int) -> tuple[Tensor, float]:
     """Peng et al. 2023: interpolate slow frequencies, keep fast ones, ramp between."""
     width = 2 * plain.numel()
 
@@ -118,9 +121,9 @@ def _yarn(
     low = max(math.floor(pair_that_turns(scaling.beta_fast)), 0)
     high = min(math.ceil(pair_that_turns(scaling.beta_slow)), width - 1)
     pairs = torch.arange(plain.numel(), dtype=torch.float32)
-    interpolated = ((pairs - low) / max(high - low, 1e-3)).clamp(0, 1)
+    interpolated = ((pairs - low) / ((high - low) or 1e-3)).clamp(0, 1)
     frequencies = plain / scaling.factor * interpolated + plain * (1 - interpolated)
-    return frequencies, 0.1 * math.log(scaling.factor) + 1.0
+    return frequencies, scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1.0
 
 
 def _llama3(plain: Tensor, scaling: RopeScaling, original: int) -> Tensor:
@@ -139,10 +142,11 @@ def rope_table(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x_i, x_{i+E/2}) of ``x`` (B, H, T, E) by its position's angle (Su et al. 2021).
+    """Turn each pair (x_i, x_{i+E/2}) of ``x`` (B, H, T, E) by its position's angle.
 
-    ``cos`` and ``sin`` are (T, E/2), or (B, 1, T, E/2) where rows differ in position. The pairs are
-    the two halves of a head, Hugging Face's layout; real arithmetic, so bf16 and MPS work.
+    Su et al. 2021. ``cos`` and ``sin`` are (T, E/2), or (B, 1, T, E/2) where rows differ in
+    position. The pairs are the two halves of a head, Hugging Face's layout; real arithmetic, so
+    bf16 and MPS work.
     """
     first, second = x.chunk(2, dim=-1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)

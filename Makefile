@@ -1,0 +1,35 @@
+# What one types. It all happens in .venv, which scripts/setup.sh makes and keeps up to date.
+.DEFAULT_GOAL := help
+.PHONY: help run test check faults wheel clean
+MAKEFLAGS += --no-print-directory
+
+help:  ## this page
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' Makefile
+
+run:  ## train a small model on real text for about two minutes, then let it write
+	@bash scripts/setup.sh viz
+	.venv/bin/octavo train configs/quickstart.yaml --out runs/quickstart --resume
+	.venv/bin/octavo generate runs/quickstart --prompt "The " --max-new-tokens 200
+
+test:  ## the tests, a few minutes on two cores
+	@bash scripts/setup.sh dev
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -m "not long"
+
+check:  ## what a change must pass: format, lint, types, packaging, then the tests
+	@bash scripts/setup.sh dev
+	.venv/bin/ruff format --check
+	.venv/bin/ruff check
+	.venv/bin/pyrefly check
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m long
+	@$(MAKE) test
+
+faults:  ## only the tests that kill runs, fill disks and flip bits
+	@bash scripts/setup.sh dev
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests/faults
+
+wheel:  ## the wheel and the source archive, in dist/
+	@bash scripts/setup.sh dev
+	.venv/bin/python -m build --no-isolation
+
+clean:  ## remove all that can be made again: everything but runs/
+	rm -rf .venv dist build .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,56 @@
+"""Fill README's tables from the records: `python benchmarks/tables.py` rewrites README.md.
+
+Whatever stands between ``<!-- record: NAME -->`` and ``<!-- end -->`` is replaced by the newest
+``records/NAME-CPU-DATE.json`` as a table. A test fails while README and records differ.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+RECORDS = Path(__file__).parent / "records"
+README = Path(__file__).parents[1] / "README.md"
+MARKED = re.compile(r"(<!-- record: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def newest(name: str, records: Path = RECORDS) -> dict[str, Any]:
+    """The record of that name with the latest date; FileNotFoundError where there is none."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in by_date(records)]
+    named = [record for record in found if record["name"] == name]
+    if not named:
+        raise FileNotFoundError(
+            f"README names the record {name!r}; {records} has none of that name"
+        )
+    return named[-1]
+
+
+def by_date(records: Path) -> list[Path]:
+    """All records, oldest first: their names end in a date."""
+    return sorted(records.glob("*.json"), key=lambda path: (path.stem[-10:], path.stem))
+
+
+def table(record: dict[str, Any]) -> str:
+    """One row a result with its range, and a line that says how it was measured."""
+    rows = ["| | | range |", "|---|---:|---:|"]
+    for result in record["results"]:
+        low, high = figure(result["low"]), figure(result["high"])
+        value = f"{figure(result['value'])} {result['unit']}".strip()
+        rows.append(f"| {result['what']} | {value} | {low} to {high} |")
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    how = f"{record['rounds']} rounds on {record['machine']}, {versions}: `{record['command']}`"
+    return "\n".join([*rows, "", how, ""])
+
+
+def figure(value: float) -> str:
+    """Four digits, or all of a large number's."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def fill(text: str, records: Path = RECORDS) -> str:
+    """``text`` with every marked table drawn anew."""
+    return MARKED.sub(lambda m: m[1] + table(newest(m["name"], records)) + m[3], text)
+
+
+if __name__ == "__main__":
+    README.write_text(fill(README.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,55 @@
+"""A model's text on the terminal: as it is written, all at once, or prompt after prompt."""
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+
+def write_out(
+    lm: Any, prompt: str | None, n: int, options: Mapping[str, Any], stream: bool, as_json: bool
+) -> None:
+    """Print the continuation of ``prompt``, and nothing else, on standard output.
+
+    ``lm`` is a `LanguageModel`, ``options`` what its ``generate`` takes. One text is streamed when
+    asked for or when a person is watching; ``n`` texts are set apart by a line of dashes.
+    """
+    if as_json:
+        texts = lm.generate([prompt], n=n, **options)
+        print(json.dumps({"prompt": prompt or "", "texts": texts}, ensure_ascii=False))
+    elif n == 1 and (stream or sys.stdout.isatty()):
+        for piece in lm.stream(prompt, **options):
+            print(piece, end="", flush=True)
+        print()
+    else:
+        print("\n----\n".join(lm.generate([prompt], n=n, **options)))
+
+
+def talk(lm: Any, options: Mapping[str, Any]) -> None:
+    """Read prompts and write on from each until end of input; Ctrl-C stops a text, not the talk."""
+    import contextlib
+
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - its import gives `input` editing and history
+    watched = sys.stdin.isatty()
+    if watched:
+        print("write a prompt and press Enter; Ctrl-C stops a text, Ctrl-D ends")
+    while True:
+        try:
+            prompt = input("> " if watched else "")
+        except EOFError:
+            print() if watched else None
+            return
+        except KeyboardInterrupt:
+            print()
+            continue
+        if not prompt:
+            continue
+        try:
+            for piece in lm.stream(prompt, **options):
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            print(" [stopped]", end="")
+        except ValueError as error:  # an unseen character, say: the talk goes on
+            print(f"error: {error}", end="")
+        print(flush=True)

@@ -1,0 +1,228 @@
+"""What Python users hold: a model and its tokenizer, loaded from a run, that write and judge text.
+
+Nothing here imports torch until something needs it.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from octavo.checkpoint import Run
+from octavo.config import ModelConfig
+from octavo.errors import ConfigError
+from octavo.generating.sampling import PRESETS, Sampling
+from octavo.generating.writing import Piece, write
+from octavo.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+    from octavo.evaluating.perplexity import Score
+    from octavo.generating.engine import TorchEngine
+    from octavo.model.gpt import GPT
+
+LARGEST_BATCH = 16  # rows written side by side
+
+
+def load(path: Path | str, device: str = "auto") -> "LanguageModel":
+    """Load a run directory, one of its checkpoints, or a Hugging Face model directory.
+
+    A run gives its best checkpoint if it has been validated, else its latest. Raises `ConfigError`
+    where ``path`` is none of these and `CheckpointError` where a file is damaged.
+    """
+    path = Path(path)
+    if (path / "config.json").is_file():
+        from octavo.exchanging.huggingface import from_huggingface
+
+        has_tokenizer = (path / "tokenizer.json").is_file()
+        model = from_huggingface(path).to(choose_device(device))
+        tokenizer = Tokenizer.load(path) if has_tokenizer else None
+        return LanguageModel(model.config, tokenizer, model=model)
+    run = Run.open(path)
+    checkpoint = run.best or run.latest
+    if checkpoint is None:
+        raise ConfigError(
+            f"{path} holds no checkpoint yet", fix=f"train it: octavo train {path} --resume"
+        )
+    return LanguageModel(
+        run.config.model, run.tokenizer, run=run, checkpoint=checkpoint, device=device
+    )
+
+
+class LanguageModel:
+    """A trained model: ``.generate .stream .logits .score``, and ``.model .tokenizer .config``."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tokenizer: Tokenizer | None,
+        model: "GPT | None" = None,
+        run: Run | None = None,
+        checkpoint: Path | None = None,
+        device: str = "auto",
+    ) -> None:
+        """Give either a ``model`` or the ``run`` and ``checkpoint`` it is read from when needed."""
+        self.config, self.run, self.checkpoint, self.device = config, run, checkpoint, device
+        self._tokenizer = tokenizer
+        if model is not None:
+            self.model = model.eval()
+
+    @cached_property
+    def model(self) -> "GPT":
+        """The PyTorch module, in evaluation mode."""
+        from octavo.model.gpt import GPT
+
+        assert self.run is not None
+        assert self.checkpoint is not None
+        model = GPT(self.config)
+        model.load_state_dict(self.run.load(self.checkpoint).model_tensors())
+        return model.to(choose_device(self.device)).eval()
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer; a `ConfigError` for a model that takes and gives ids only."""
+        if self._tokenizer is None:
+            raise ConfigError(
+                "this model has no tokenizer: it takes and gives ids",
+                fix="use generate_ids, or put a tokenizer.json beside it",
+            )
+        return self._tokenizer
+
+    def generate(
+        self,
+        text: str | Sequence[str] | None = None,
+        max_new_tokens: int = 200,
+        stop: Sequence[str] = (),
+        n: int = 1,
+        **sampling: Any,
+    ) -> str | list[str]:
+        """Write on from ``text``: the continuation, without the prompt.
+
+        A list of texts, or ``n`` > 1 copies of one, gives a list, prompt by prompt. ``sampling``
+        holds fields of `Sampling`, or ``preset``. Without a text the model starts a new one.
+        """
+        prompts = [text] if text is None or isinstance(text, str) else list(text)
+        rows = ["" for _ in range(len(prompts) * n)]
+        for piece in self._write(prompts, max_new_tokens, stop, n, sampling):
+            rows[piece.row] += piece.text
+        return rows[0] if n == 1 and (text is None or isinstance(text, str)) else rows
+
+    def stream(
+        self,
+        text: str | None = None,
+        max_new_tokens: int = 200,
+        stop: Sequence[str] = (),
+        **sampling: Any,
+    ) -> Iterator[str]:
+        """Like `generate`, in pieces of whole characters as they are written."""
+        for piece in self._write([text], max_new_tokens, stop, 1, sampling):
+            if piece.text:
+                yield piece.text
+
+    def generate_ids(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int = 200, **sampling: Any
+    ) -> list[list[int]]:
+        """The new ids after each prompt's ids; stops early only at the end-of-text token."""
+        rows: list[list[int]] = [[] for _ in prompts]
+        settings = make_sampling(**sampling)
+        engine = self._engine(len(prompts))
+        ids = [list(prompt) for prompt in prompts]
+        for piece in write(engine, self._tokenizer, ids, settings, max_new_tokens):
+            if piece.id is not None:
+                rows[piece.row].append(piece.id)
+        return rows
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        """Logits (T, V) after each of ``ids`` (T,), fp32; the text must fit block_size."""
+        import torch
+
+        if not 0 < len(ids) <= self.config.block_size:
+            raise ConfigError(
+                f"{len(ids)} ids do not fit a context of {self.config.block_size}",
+                fix="give between 1 and block_size ids",
+            )
+        model = self.model
+        batch = torch.tensor([list(ids)], device=model.tok_emb.weight.device)
+        with torch.inference_mode():
+            return model(batch)[0].float().cpu().numpy()
+
+    def score(self, text: str, stride: int | None = None) -> "Score":
+        """How surprised the model is by ``text``: nats, tokens and bytes.
+
+        The first token is given. Longer texts are read in windows of block_size that move by
+        ``stride`` (default: half a window), each token scored once.
+        """
+        from octavo.evaluating.perplexity import score_windows, strided_windows
+
+        ids = self.tokenizer.encode_array(text)
+        if len(ids) < 2:
+            raise ConfigError("a text to score needs at least two tokens", f"it has {len(ids)}")
+        block_size = self.config.block_size
+        windows = strided_windows(ids, block_size, stride or max(block_size // 2, 1))
+        return score_windows(self.model, *windows, self.tokenizer.byte_lengths())
+
+    def _write(
+        self,
+        prompts: Sequence[str | None],
+        max_new_tokens: int,
+        stop: Sequence[str],
+        n: int,
+        sampling: dict[str, Any],
+    ) -> Iterator[Piece]:
+        settings = make_sampling(**sampling)
+        ids = [start_ids(self.tokenizer, prompt) for prompt in prompts]
+        engine = self._engine(len(ids) * n)
+        return write(engine, self.tokenizer, ids, settings, max_new_tokens, list(stop), n)
+
+    def _engine(self, rows: int) -> "TorchEngine":
+        from octavo.generating.engine import TorchEngine
+
+        vocab = self._tokenizer.vocab_size if self._tokenizer else self.config.vocab_size
+        return TorchEngine(self.model, slots=min(rows, LARGEST_BATCH), vocab=vocab)
+
+
+def make_sampling(preset: str | None = None, **settings: Any) -> Sampling:
+    """Sampling settings: a preset's, and any named one over it."""
+    if preset is not None and preset not in PRESETS:
+        raise ConfigError(f"unknown preset {preset!r}", fix=f"known: {', '.join(PRESETS)}")
+    base = PRESETS[preset] if preset is not None else Sampling()
+    known = {field.name for field in dataclasses.fields(Sampling)}
+    for name in settings:
+        if name not in known:
+            raise ConfigError(f"unknown sampling setting {name!r}", fix=f"known: {sorted(known)}")
+    return dataclasses.replace(base, **settings)
+
+
+def start_ids(tokenizer: Tokenizer, prompt: str | None) -> list[int]:
+    """The prompt's ids; without one, what a new text begins after: end-of-text, or a newline."""
+    if prompt is None and tokenizer.eot_id is not None:
+        return [tokenizer.eot_id]
+    if prompt == "":
+        raise ConfigError("the prompt is empty", fix="give some text, or no prompt at all")
+    if prompt is None:
+        try:
+            return tokenizer.encode("\n")
+        except ValueError:
+            return [0]  # a vocabulary without a newline: any first symbol will do
+    return tokenizer.encode(prompt)
+
+
+def choose_device(name: str = "auto") -> "torch.device":
+    """The device called ``name``; auto takes CUDA, then Apple's MPS, then the CPU."""
+    import torch
+
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"the device {name!r} cannot be used: {reason}", fix="try cpu") from None
+    return device

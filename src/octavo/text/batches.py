@@ -1,0 +1,122 @@
+"""From a row of tokens to batches: which windows are seen and in which order, by arithmetic alone.
+
+The order is a function of the seed and the row's number. No generator is drawn from and nothing is
+kept, so a run goes on at any row, and several processes share one order by slicing it.
+"""
+
+import math
+from typing import Literal
+
+import numpy as np
+
+from octavo.errors import DataError
+
+ROUNDS = 6  # of the Feistel network; four suffice in theory (Luby and Rackoff 1988)
+
+
+class Batches:
+    """Windows of ``block_size`` tokens and their successors, in an endless keyed order of rows.
+
+    ``tokens`` is any one-dimensional array of integers, a memory map too. With sampling="epoch" the
+    ``windows`` tile the tokens: each token is predicted once an epoch, in a new order every time;
+    the last ``dropped`` tokens fill no window and are not predicted. With "random" a row starts
+    anywhere, and an epoch is only a number of rows. Raises `DataError` when there is no window.
+    """
+
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        block_size: int,
+        seed: int,
+        sampling: Literal["epoch", "random"] = "epoch",
+    ) -> None:
+        _check(tokens, block_size)
+        self.tokens, self.block_size = tokens, block_size
+        self.seed, self.sampling = seed, sampling
+        self.windows, self.dropped = divmod(len(tokens) - 1, block_size)
+
+    def __len__(self) -> int:
+        return self.windows
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        """Steps of ``batch_size`` rows until every window was seen."""
+        return math.ceil(self.windows / batch_size)
+
+    def rows(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows ``first`` to ``first + count``: inputs and targets, int64, each (count, T)."""
+        return _gather(self.tokens, self.starts(first, count), self.block_size)
+
+    def starts(self, first: int, count: int) -> np.ndarray:
+        """The positions (count,) in ``tokens`` where these rows begin."""
+        row = first + np.arange(count)
+        if self.sampling == "random":
+            return _draw(row, len(self.tokens) - self.block_size, self.seed)
+        epoch, index = np.divmod(row, self.windows)
+        return _permute(index, self.windows, _keyed(self.seed, epoch)) * self.block_size
+
+
+def fixed_windows(tokens: np.ndarray, block_size: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Up to ``count`` windows evenly spread over ``tokens``, the same ones every time.
+
+    They start at floor(linspace(0, len - block_size - 2, count)); a short text has fewer places to
+    start. Returns inputs and targets, int64, each (windows, T); `DataError` where no window fits.
+    """
+    _check(tokens, block_size)
+    last = max(0, len(tokens) - block_size - 2)
+    starts = np.unique(np.floor(np.linspace(0, last, count)).astype(np.int64))
+    return _gather(tokens, starts, block_size)
+
+
+def _check(tokens: np.ndarray, block_size: int) -> None:
+    if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
+        raise DataError(f"tokens are a row of integers, not {tokens.dtype} of shape {tokens.shape}")
+    if len(tokens) < block_size + 1:
+        raise DataError(
+            f"a window takes block_size + 1 = {block_size + 1} tokens, the text has {len(tokens)}",
+            fix="give more text or a smaller model.block_size",
+        )
+
+
+def _gather(
+    tokens: np.ndarray, starts: np.ndarray, block_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    positions = starts[:, None] + np.arange(block_size)  # (count, T)
+    x, y = tokens[positions], tokens[positions + 1]
+    return np.asarray(x, dtype=np.int64), np.asarray(y, dtype=np.int64)
+
+
+def _permute(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
+    """A keyed permutation of 0 ... n - 1, computed where it is needed instead of shuffled.
+
+    A Feistel network permutes the smallest square 4^h that holds n; an image outside 0 ... n - 1 is
+    permuted again until it lies inside (cycle walking: Black and Rogaway 2002).
+    """
+    half = max(1, math.ceil((n - 1).bit_length() / 2))
+    low = np.uint64((1 << half) - 1)
+    image = index.astype(np.uint64)
+    outside = np.ones(len(index), dtype=bool)
+    while outside.any():
+        value, keys = image[outside], key[outside]
+        left, right = value >> np.uint64(half), value & low
+        for number in range(ROUNDS):
+            left, right = right, left ^ (_keyed(keys, number, right) & low)
+        image[outside] = left << np.uint64(half) | right
+        outside = image >= n
+    return image.astype(np.int64)
+
+
+def _draw(row: np.ndarray, n: int, seed: int) -> np.ndarray:
+    """A number from 0 ... n - 1 for each row; from 64 bits the remainder's bias is invisible."""
+    return (_keyed(seed, row) % np.uint64(n)).astype(np.int64)
+
+
+def _keyed(*parts: int | np.ndarray) -> np.ndarray:
+    """64 well-mixed bits for each combination of ``parts``: SplitMix64 (Steele et al. 2014)."""
+    state = np.zeros(1, dtype=np.uint64)  # an array, as only arrays wrap without a warning
+    for part in parts:
+        state = state ^ np.asarray(part).astype(np.uint64)
+        state = state + np.uint64(0x9E3779B97F4A7C15)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        state = state ^ (state >> np.uint64(31))
+    return state

@@ -1,0 +1,169 @@
+"""What a run keeps of its training: checkpoints, validations, samples, and a line about each."""
+
+import dataclasses
+import time
+from typing import Any
+
+import torch
+
+from octavo.checkpoint import Run
+from octavo.errors import NonFiniteError, ResourceError
+from octavo.evaluating.perplexity import Score, score_windows
+from octavo.generating.engine import TorchEngine
+from octavo.generating.sampling import PRESETS
+from octavo.generating.writing import complete
+from octavo.language_model import start_ids
+from octavo.model.counts import count_parameters
+from octavo.training.display import Display
+from octavo.training.learner import Learner, Step
+from octavo.training.metrics import MetricsLog, environment
+
+MAX_FAILED_SAVES = 3
+
+
+class Keeper:
+    """Saves, validates and samples a learner; writes each event to the log and the terminal."""
+
+    def __init__(self, learner: Learner, run: Run, log: MetricsLog, display: Display) -> None:
+        self.learner, self.run, self.log, self.display = learner, run, log, display
+        self._saved_step = learner.progress.step or -1
+        self._failed_saves = 0
+        self._started = time.monotonic() - learner.progress.seconds
+        self._busy_seconds, self._busy_tokens = 0.0, 0
+
+    def announce(self) -> None:
+        """Say what is about to happen."""
+        task, progress = self.learner.task, self.learner.progress
+        config, count = task.config, count_parameters(task.config.model)
+        model, rows = config.model, config.train.batch_size
+        self.display.say(
+            f"model: {count.total:,} parameters ({model.n_layer} layers of width {model.d_model}, "
+            f"{model.n_head} heads, vocabulary {model.vocab_size:,})"
+        )
+        self.display.say(
+            f"text: {task.data['tokens']:,} tokens to learn from, {task.data['val_tokens']:,} to "
+            f"validate; {rows * model.block_size:,} a step, "
+            f"{config.train.max_steps * rows / task.batches.windows:.1f} epochs in all"
+        )
+        resumed = {"resumed_from": progress.step} if progress.step else {}
+        self._write(
+            "start",
+            settings=dataclasses.asdict(config),
+            environment=environment(self.learner.device),
+            parameters=count.total,
+            data=task.data,
+            **resumed,
+        )
+        self.display.start(progress.step, config.train.max_steps)
+
+    def step(self, step: Step, seconds: float) -> None:
+        """Count a step that took ``seconds``; log it when due, and look out for bad ones."""
+        progress, config = self.learner.progress, self.learner.task.config
+        progress.seconds = time.monotonic() - self._started
+        self._busy_seconds += seconds
+        self._busy_tokens += config.train.batch_size * config.model.block_size
+        if not step.taken:
+            self._note_bad(step)
+        elif due(progress.step, config.log.every) or progress.step == config.train.max_steps:
+            speed = self._busy_tokens / self._busy_seconds
+            self._busy_seconds, self._busy_tokens = 0.0, 0
+            values = {name: value for name, value in vars(step).items() if name != "taken" and value != {}}
+            self._write("train", **values, tokens_per_s=round(speed, 1))
+            self.display.advance(progress.step, config.train.max_steps, step.loss, speed)
+
+    def save(self) -> None:
+        """Write a checkpoint of this step once; a full disk is survived twice in a row."""
+        progress, started = self.learner.progress, time.monotonic()
+        if self._saved_step == progress.step:
+            return
+        model, optimizer = self.learner.tensors()
+        keep = self.learner.task.config.checkpoint.keep
+        try:
+            path = self.run.save(progress.step, model, optimizer, self.learner.state(), keep=keep)
+        except ResourceError as error:
+            self._failed_saves += 1
+            if self._failed_saves >= MAX_FAILED_SAVES:
+                raise
+            self.display.say(f"warning: not saved: {error}; training goes on")
+            return
+        self._saved_step, self._failed_saves = progress.step, 0
+        took = round(time.monotonic() - started, 3)
+        self._write("save", checkpoint=path.name, save_seconds=took)
+
+    def validate(self) -> None:
+        """Score the fixed validation windows; the best step so far is saved and named."""
+        learner, progress = self.learner, self.learner.progress
+        if learner.task.val is None or progress.evaluated_step == progress.step:
+            return
+        score = validate(learner)
+        best = progress.best_val_loss is None or score.loss < progress.best_val_loss
+        progress.evaluated_step = progress.step
+        progress.evals_since_best = 0 if best else progress.evals_since_best + 1
+        if best:
+            progress.best_step, progress.best_val_loss = progress.step, score.loss
+        self._write(
+            "eval", val_loss=score.loss, val_ppl=score.perplexity, val_bpb=score.bits_per_byte
+        )
+        self.display.validated(progress.step, score, best)
+        if best:
+            self.save()
+            self.run.mark_best(progress.step, score.loss)
+
+    def sample(self) -> None:
+        """Let the model write a little, into samples.txt and the log."""
+        prompt, text = self.learner.task.config.log.sample_prompt, sample(self.learner)
+        self._write("sample", prompt=prompt, text=text)
+        with (self.run.path / "samples.txt").open("a", encoding="utf-8") as file:
+            file.write(f"--- step {self.learner.progress.step} ---\n{prompt}{text}\n\n")
+
+    def end(self, reason: str) -> None:
+        """Write the last line."""
+        progress = self.learner.progress
+        self._write(
+            "end",
+            reason=reason,
+            best_step=progress.best_step,
+            best_val_loss=progress.best_val_loss,
+            skipped=progress.skipped,
+        )
+
+    def _write(self, event: str, **values: Any) -> None:
+        progress = self.learner.progress
+        self.log.write(event, progress.step, progress.tokens, progress.seconds, **values)
+
+    def _note_bad(self, step: Step) -> None:
+        progress, limit = self.learner.progress, self.learner.task.config.train.max_bad_steps
+        reason = f"loss {step.loss:.4g}, gradient norm {step.grad_norm:.4g}"
+        self._write("skip", reason=reason)
+        self.display.say(f"step {progress.step:,} skipped: {reason}")
+        if progress.bad_in_a_row >= limit:
+            raise NonFiniteError(
+                f"{limit} steps in a row were not finite ({reason})",
+                f"step {progress.step} of {self.run.path}",
+                "lower optim.lr or choose train.precision=fp32; the last good checkpoint is kept",
+            )
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps happens now; 0 is never."""
+    return every > 0 and step % every == 0
+
+
+def validate(learner: Learner) -> Score:
+    """Loss on the task's fixed validation windows."""
+    assert learner.task.val is not None
+    with learner.autocast():
+        return score_windows(learner.model, *learner.task.val, learner.task.byte_lengths)
+
+
+def sample(learner: Learner) -> str:
+    """What the model writes now, by the nucleus preset and the run's seed."""
+    config, tokenizer, model = learner.task.config, learner.task.tokenizer, learner.model
+    settings = dataclasses.replace(PRESETS["nucleus"], seed=config.train.seed)
+    prompt = start_ids(tokenizer, config.log.sample_prompt or None)
+    engine = TorchEngine(model, slots=1, vocab=tokenizer.vocab_size)
+    model.eval()
+    try:
+        return complete(engine, tokenizer, [prompt], settings, config.log.sample_tokens)[0]
+    finally:
+        model.train()

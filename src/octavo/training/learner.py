@@ -1,0 +1,211 @@
+"""A model being trained: its weights, optimizer, precision, and how far it has come."""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from octavo.checkpoint import Run
+from octavo.errors import ConfigError
+from octavo.model.gpt import GPT, cross_entropy
+from octavo.training.display import Display
+from octavo.training.metrics import layer_norms
+from octavo.training.optim import (
+    build_optimizer,
+    dropout_at,
+    load_optimizer_tensors,
+    lr_at,
+    optimizer_tensors,
+    set_lr,
+)
+from octavo.training.task import Task
+
+
+@dataclass
+class Progress:
+    """The numbers of a run that change; with the scaler they are a checkpoint's ``state.json``."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    best_step: int = -1
+    best_val_loss: float | None = None
+    evals_since_best: int = 0
+    evaluated_step: int = -1
+    skipped: int = 0
+    bad_in_a_row: int = 0
+
+
+@dataclass
+class Learner:
+    """Everything a checkpoint holds, and the functions that move it on."""
+
+    task: Task
+    model: GPT
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    loss: Callable[..., Tensor]
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]]
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return self.model.tok_emb.weight.device
+
+    def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The model's and the optimizer's tensors, by name."""
+        return self.model.state_dict(), optimizer_tensors(self.optimizer, self.model)
+
+    def state(self) -> dict[str, Any]:
+        """The rest of a checkpoint, as JSON."""
+        return vars(self.progress) | {
+            "scaler": self.scaler.state_dict(),
+            "threads": torch.get_num_threads(),
+        }
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step did; ``taken`` is false where numbers were not finite."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+    taken: bool
+    layers: dict[str, float]
+
+
+def build_learner(task: Task, device: torch.device, display: Display) -> Learner:
+    """Fresh weights from the run's seed, the optimizer, precision and compilation."""
+    config = task.config
+    torch.manual_seed(config.train.seed)
+    model = GPT(config.model).to(device).train()
+    model.grad_checkpoint = config.train.grad_checkpoint
+    precision = choose_precision(config.train.precision, device)
+    learner = Learner(
+        task=task,
+        model=model,
+        optimizer=build_optimizer(model, config.optim),
+        scaler=torch.amp.GradScaler(device.type, enabled=precision == torch.float16),
+        loss=functools.partial(cross_entropy, chunk=config.train.loss_chunk),
+        autocast=functools.partial(
+            torch.autocast, device.type, precision, enabled=precision != torch.float32
+        ),
+    )
+    if config.train.compile is True:
+        _compile(learner, display)
+    return learner
+
+
+def restore(learner: Learner, run: Run, display: Display) -> None:
+    """Load the latest checkpoint, where there is one."""
+    if run.latest is None:
+        return
+    saved = run.load(run.latest)
+    state = dict(saved.state)
+    threads = state.pop("threads")
+    if threads != torch.get_num_threads():
+        display.say(
+            f"warning: the run used {threads} threads, this process uses "
+            f"{torch.get_num_threads()}: what follows will not be bit for bit the same"
+        )
+    learner.scaler.load_state_dict(state.pop("scaler"))
+    learner.model.load_state_dict(saved.model_tensors())
+    load_optimizer_tensors(learner.optimizer, learner.model, saved.optimizer_tensors())
+    learner.progress = Progress(**state)
+    display.say(f"going on from step {learner.progress.step:,} of {run.path}")
+
+
+def optimizer_step(learner: Learner, with_layers: bool = False) -> Step:
+    """Forward and backward over the step's micro-batches, then clip and update.
+
+    The loss is summed over the tokens of all micro-batches and divided once. A loss or gradient
+    that is not finite is seen before the optimizer: the step is not taken, its rows are used up.
+    """
+    config, progress = learner.task.config, learner.progress
+    train, max_steps = config.train, config.train.max_steps
+    lr = set_lr(learner.optimizer, lr_at(progress.step, config.optim, max_steps))
+    dropout = dropout_at(progress.step, config.model.dropout, train.dropout_final, max_steps)
+    learner.model.set_dropout(dropout)
+    first = progress.step * train.batch_size
+    starts = range(first, first + train.batch_size, train.micro_batch_size)
+    batches = [learner.task.batches.rows(row, train.micro_batch_size) for row in starts]
+    n_targets = sum(int((y != -100).sum()) for _, y in batches)
+    total = torch.zeros((), device=learner.device)
+    for row, (x, y) in zip(starts, batches, strict=True):
+        if dropout:
+            torch.manual_seed(mix(train.seed, progress.step, row))
+        with learner.autocast():
+            nll = learner.loss(learner.model, _to(x, learner.device), _to(y, learner.device))
+        learner.scaler.scale(nll / n_targets).backward()
+        total += nll.detach()
+    learner.scaler.unscale_(learner.optimizer)
+    gradients = [p.grad for p in learner.model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    loss, grad_norm = (total / n_targets).item(), norm.item()
+    taken = bool(np.isfinite(loss) and np.isfinite(grad_norm))
+    layers = layer_norms(learner.model) if with_layers else {}
+    if taken:
+        if config.optim.grad_clip:
+            parameters = learner.model.parameters()
+            torch.nn.utils.clip_grads_with_norm_(parameters, config.optim.grad_clip, norm)
+        learner.scaler.step(learner.optimizer)
+    learner.scaler.update()
+    learner.optimizer.zero_grad(set_to_none=True)
+    progress.step += 1
+    progress.tokens += n_targets
+    progress.skipped += not taken
+    progress.bad_in_a_row = 0 if taken else progress.bad_in_a_row + 1
+    return Step(loss, grad_norm, lr, taken, layers)
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """The autocast type; ``auto`` is bf16 where the GPU has it."""
+    if name == "fp16" and device.type == "cpu":
+        raise ConfigError(
+            "train.precision=fp16 needs a GPU", fix="on a CPU choose train.precision=bf16 or fp32"
+        )
+    if name == "auto":
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        name = "bf16" if bf16 else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def mix(*words: int) -> int:
+    """One 64-bit seed from several integers: splitmix64's finalizer over their chain."""
+    state = 0
+    for word in words:
+        state = (state + word + 0x9E3779B97F4A7C15) % 2**64
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) % 2**64
+        state ^= state >> 31
+    return state
+
+
+def _compile(learner: Learner, display: Display) -> None:
+    """Swap in the compiled loss, unless compiling fails here; then say so in one line."""
+    compiled = torch.compile(learner.loss)
+    x, y = learner.task.batches.rows(0, learner.task.config.train.micro_batch_size)
+    try:
+        with learner.autocast():
+            nll = compiled(learner.model, _to(x, learner.device), _to(y, learner.device))
+        nll.backward()
+    except Exception as error:  # compilers fail in many ways, and eager training does not need one
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        display.say(f"warning: torch.compile does not work here ({reason}); going on without it")
+    else:
+        learner.loss = compiled
+    learner.optimizer.zero_grad(set_to_none=True)
+
+
+def _to(array: np.ndarray, device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

@@ -1,0 +1,161 @@
+"""The one training loop: pretraining, fine-tuning and everything between are this `train`.
+
+Every draw is keyed by seed, step and row, so what happens at a step depends on nothing but the
+configuration, the text and the weights: a resumed run is bit for bit the undisturbed one.
+"""
+
+import contextlib
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from octavo.checkpoint import Run
+from octavo.config import Config
+from octavo.errors import ConfigError, Preempted
+from octavo.language_model import choose_device
+from octavo.reporting.report import draw_run
+from octavo.training.display import Display
+from octavo.training.keeper import Keeper, due
+from octavo.training.learner import Learner, build_learner, optimizer_step, restore
+from octavo.training.metrics import MetricsLog, last_event
+from octavo.training.task import Task, check_resumable, check_same_text, prepare
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended: ``reason`` is "finished" or "early stop"."""
+
+    run: Path
+    step: int
+    best_step: int
+    best_val_loss: float | None
+    reason: str
+
+
+def train(
+    config: Config, out: Path | str, *, resume: bool = False, quiet: bool = False
+) -> TrainResult:
+    """Train a model into the run directory ``out``; with ``resume`` go on with the run that is there.
+
+    Ctrl-C and SIGTERM save and raise `Preempted`; a second one stops at once. Raises `ConfigError`
+    where ``out`` holds a run and ``resume`` is false, `NonFiniteError` after
+    ``train.max_bad_steps`` bad steps in a row, `ResourceError` when the disk stays full.
+    """
+    with contextlib.ExitStack() as stack:
+        display = stack.enter_context(Display(quiet))
+        device = choose_device(config.train.device)
+        run, task = _open(config, Path(out), resume, device.type)
+        display.say(task.data["description"])
+        stack.enter_context(run.locked())
+        learner = build_learner(task, device, display)
+        restore(learner, run, display)
+        log = stack.enter_context(contextlib.closing(MetricsLog(run.path, task.config)))
+        keeper = Keeper(learner, run, log, display)
+        if _is_over(learner) and last_event(log.path) == "end":
+            display.say(f"{run.path} is finished; more train.max_steps would carry it on")
+        else:
+            stop = stack.enter_context(_stop_signals())
+            keeper.announce()
+            reason = _loop(learner, keeper, stop)
+            keeper.end(reason)
+            draw_run(run.path)
+        progress = learner.progress
+        reason = "finished" if progress.step >= config.train.max_steps else "early stop"
+        return TrainResult(
+            run.path, progress.step, progress.best_step, progress.best_val_loss, reason
+        )
+
+
+def _loop(learner: Learner, keeper: Keeper, stop: "_Stop") -> str:
+    """One round is one optimizer step; whatever else is due follows, saving first."""
+    config, progress = learner.task.config, learner.progress
+    if progress.step and due(progress.step, config.eval.every):
+        keeper.validate()  # a resumed run may have been killed between saving and validating
+    while not _is_over(learner):
+        started = time.perf_counter()
+        with_layers = config.log.layers and due(progress.step + 1, config.log.every)
+        step = optimizer_step(learner, with_layers)
+        keeper.step(step, time.perf_counter() - started)
+        if stop.requested:
+            keeper.save()
+            _say_goodbye(learner, keeper, stop)
+        last = progress.step == config.train.max_steps
+        if last or due(progress.step, config.checkpoint.every):
+            keeper.save()  # before anything risky
+        if last or due(progress.step, config.eval.every):
+            keeper.validate()
+        if last or due(progress.step, config.log.sample_every):
+            keeper.sample()
+    keeper.save()
+    keeper.validate()
+    return "finished" if progress.step >= config.train.max_steps else "early stop"
+
+
+def _is_over(learner: Learner) -> bool:
+    """Whether the last step is done, or too many validations in a row brought nothing better."""
+    train, progress = learner.task.config.train, learner.progress
+    early = 0 < train.patience <= progress.evals_since_best
+    return early or progress.step >= train.max_steps
+
+
+def _open(config: Config, out: Path, resume: bool, device: str) -> tuple[Run, Task]:
+    """The run directory, new or there already, and the task as its configuration says."""
+    if not (out / "config.yaml").exists():
+        task = prepare(config, device, out)
+        return Run.create(out, task.config, task.tokenizer, files=task.files), task
+    if not resume:
+        raise ConfigError(
+            f"{out} already holds a run", fix="go on with --resume, or choose another --out"
+        )
+    run = Run.open(out)
+    task = prepare(config, device, out, run.tokenizer)
+    check_resumable(run.config, task.config)
+    check_same_text(task, run.path)
+    return run, task
+
+
+@dataclass
+class _Stop:
+    """The name of the signal that asked for a stop, once one has."""
+
+    requested: str = ""
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[_Stop]:
+    """Turn the first SIGINT or SIGTERM into a request; after it they act as before."""
+    stop = _Stop()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore_handlers() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def request(number: int, frame: FrameType | None) -> None:
+        stop.requested = signal.Signals(number).name
+        restore_handlers()
+
+    try:
+        for number in before:
+            signal.signal(number, request)
+    except ValueError:  # not the main thread: signals are its caller's business
+        yield stop
+        return
+    try:
+        yield stop
+    finally:
+        restore_handlers()
+
+
+def _say_goodbye(learner: Learner, keeper: Keeper, stop: _Stop) -> None:
+    """End a stopped run: it is saved and can go on."""
+    path, progress = keeper.run.path, learner.progress
+    draw_run(path)
+    raise Preempted(
+        f"stopped by {stop.requested} and saved at step {progress.step:,} of "
+        f"{learner.task.config.train.max_steps:,}",
+        fix=f"go on with: octavo train {path} --resume",
+    )

@@ -1,0 +1,135 @@
+"""What a run writes down as it goes: ``metrics.jsonl`` always, TensorBoard and W&B when asked.
+
+One JSON object a line, appended and flushed, so a killed run loses at most a torn last line.
+"""
+
+import contextlib
+import json
+import math
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import octavo
+from octavo.config import Config, LogConfig
+from octavo.errors import MissingExtraError
+
+Backend = Callable[[dict[str, float], int], None]
+
+
+class MetricsLog:
+    """Appends events to ``metrics.jsonl`` and passes their numbers on to the other backends."""
+
+    def __init__(self, run: Path, config: Config) -> None:
+        self.path = run / "metrics.jsonl"
+        self._file = self.path.open("a", encoding="utf-8")
+        if self.path.stat().st_size and not _ends_with_newline(self.path):
+            self._file.write("\n")  # a killed run's torn line stays torn, and alone
+        self._backends, self._closers = _open_backends(run, config)
+
+    def write(self, event: str, step: int, tokens: int, seconds: float, **values: Any) -> None:
+        """Append one event; numbers that JSON cannot hold become null."""
+        line = {"event": event, "step": step, "tokens": tokens, "seconds": round(seconds, 3)}
+        line |= {name: _json_safe(value) for name, value in values.items()}
+        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._file.flush()
+        if event in ("train", "eval"):
+            numbers = {
+                f"{event}/{name}": float(value)
+                for name, value in values.items()
+                if isinstance(value, int | float)
+            }
+            for send in self._backends:
+                send(numbers, step)
+
+    def close(self) -> None:
+        """Flush everything; the log cannot be written to afterwards."""
+        self._file.close()
+        for close in self._closers:
+            close()
+
+
+def _open_backends(run: Path, config: Config) -> tuple[list[Backend], list[Callable[[], object]]]:
+    backends: list[Backend] = []
+    closers: list[Callable[[], object]] = []
+    openers = {"tensorboard": _open_tensorboard, "wandb": _open_wandb}
+    for name in config.log.to:
+        send, close = openers[name](run, config.log)
+        backends.append(send)
+        closers.append(close)
+    return backends, closers
+
+
+def _open_tensorboard(run: Path, log: LogConfig) -> tuple[Backend, Callable[[], object]]:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise MissingExtraError("track", "log.to: [tensorboard]") from None
+    writer = SummaryWriter(str(run / "tensorboard"))
+
+    def send(numbers: dict[str, float], step: int) -> None:
+        for name, value in numbers.items():
+            writer.add_scalar(name, value, step)
+
+    return send, writer.close
+
+
+def _open_wandb(run: Path, log: LogConfig) -> tuple[Backend, Callable[[], object]]:
+    try:
+        import wandb
+    except ImportError:
+        raise MissingExtraError("track", "log.to: [wandb]") from None
+    # The mode is the user's: WANDB_MODE=offline or disabled works as everywhere.
+    session = wandb.init(project=log.project, name=log.run_name or run.name, dir=str(run))
+    return lambda numbers, step: session.log(numbers, step=step), session.finish
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What the run ran on, for the report and for whoever repeats it."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    return {
+        "octavo": octavo.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(terse=True),
+        "device": f"{device.type} {name}".strip(),
+        "threads": torch.get_num_threads(),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def last_event(path: Path) -> str:
+    """The kind of the last whole line, or nothing."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    with contextlib.suppress(IndexError, ValueError, KeyError):
+        return json.loads(lines[-1])["event"]
+    return ""
+
+
+def layer_norms(model: nn.Module) -> dict[str, float]:
+    """The gradient's norm in each block and in the rest, to see where it vanishes or explodes."""
+    squares: dict[str, float] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            layer = ".".join(name.split(".")[:2]) if name.startswith("blocks.") else "rest"
+            squares[layer] = squares.get(layer, 0.0) + parameter.grad.double().square().sum().item()
+    return {layer: math.sqrt(total) for layer, total in squares.items()}
+
+
+def _json_safe(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {name: _json_safe(item) for name, item in value.items()}
+    return value
+
+
+def _ends_with_newline(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, 2)
+        return file.read(1) == b"\n"

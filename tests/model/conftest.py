@@ -1,0 +1,38 @@
+"""A tiny GPT with no parameter at its default, so that a dropped or exchanged one shows."""
+
+import pytest
+import torch
+
+from octavo.config import ModelConfig
+from octavo.model.gpt import GPT
+
+TINY = dict(vocab_size=17, block_size=16, n_layer=2, n_head=4, d_model=16, d_ff=24)
+
+
+@pytest.fixture
+def make_model():
+    def make(seed=0, **switches):
+        torch.manual_seed(seed)
+        model = GPT(ModelConfig(**(TINY | switches)))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.dim() > 1 else 0.2))
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(0, 17, (3, 16), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture
+def assert_near():
+    """Equal to 1e-5 of the largest value."""
+
+    def check(given, wanted, tolerance=1e-5):
+        assert given.shape == wanted.shape
+        assert (given - wanted).abs().max() <= tolerance * wanted.abs().max()
+
+    return check

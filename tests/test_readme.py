@@ -1,0 +1,109 @@
+"""What README says is so: commands parse, links lead somewhere, figures come from records."""
+
+import ast
+import json
+import re
+import runpy
+import shlex
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import octavo
+from octavo import cli
+from octavo.config import SECTIONS
+
+ROOT = Path(__file__).parents[1]
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+MARKDOWN = [
+    path for path in ROOT.rglob("*.md") if not path.relative_to(ROOT).parts[0].startswith(".")
+]
+
+
+def commands(readme: str, program: str) -> list[list[str]]:
+    """The words after ``program`` on each line of a fenced block that begins with it or with $."""
+    lines = [line for _, block in FENCED.findall(readme) for line in block.splitlines()]
+    typed = [re.sub(r"^\$ ", "", line) for line in lines]
+    return [
+        shlex.split(line, comments=True)[1:] for line in typed if line.startswith(program + " ")
+    ]
+
+
+@pytest.fixture(scope="module")
+def readme() -> str:
+    return (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def help_page(capsys: pytest.CaptureFixture[str]) -> Callable[[str], str]:
+    @cache
+    def read(command: str) -> str:
+        with pytest.raises(SystemExit) as ended:
+            cli.main([command, "--help"])
+        assert ended.value.code == 0, f"octavo {command} is no command"
+        return capsys.readouterr().out
+
+    return read
+
+
+def test_every_option_of_every_command_exists(readme: str, help_page: Callable[[str], str]):
+    shown = commands(readme, "octavo")
+    assert shown, "README shows no command"
+    for command, *words in shown:
+        for word in words:
+            option = re.match(r"--[\w-]+", word)
+            if option and "." not in word:
+                known = re.findall(r"--[\w-]+", help_page(command))
+                assert option[0].replace("_", "-") in known, f"octavo {command} has no {option[0]}"
+            elif setting := re.fullmatch(r"(?:--)?(\w+)\.(\w+)=.*", word):
+                section, name = setting.groups()
+                assert name in SECTIONS[section].__dataclass_fields__, f"no setting {word}"
+
+
+def test_every_target_of_make_exists(readme: str):
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    shown = commands(readme, "make")
+    assert ["run"] in shown
+    assert ["test"] in shown
+    for target, *_ in shown:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"make {target} does not exist"
+
+
+def test_every_python_example_compiles_and_names_what_octavo_has(readme: str):
+    for language, block in FENCED.findall(readme):
+        if language == "python":
+            ast.parse(block)
+            for name in re.findall(r"\boctavo\.(\w+)", block):
+                assert name in dir(octavo), f"octavo has no {name}"
+
+
+@pytest.mark.parametrize("page", MARKDOWN, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_somewhere(page: Path):
+    for target in re.findall(r"\]\(([^)\s#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+        if not re.match(r"\w+:", target):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_every_table_is_the_newest_record_of_its_name(readme: str):
+    fill = runpy.run_path(str(ROOT / "benchmarks" / "tables.py"))["fill"]
+    assert fill(readme) == readme, "run: python benchmarks/tables.py"
+
+
+def test_a_table_is_drawn_from_the_newest_record(tmp_path: Path):
+    """A figure that was measured again, or typed over by hand, does not stay in README."""
+    fill = runpy.run_path(str(ROOT / "benchmarks" / "tables.py"))["fill"]
+    for date, value in (("2026-11-03", 1200), ("2026-10-29", 900)):
+        result = {"what": "cached", "value": value, "unit": "tokens/s", "low": 850, "high": 1250.4}
+        record = {"name": "writing", "machine": "a laptop", "versions": {"torch": "2.13.0"}}
+        record |= {"command": "bench", "rounds": 3, "results": [result]}
+        (tmp_path / f"writing-cpu-{date}.json").write_text(json.dumps(record), encoding="utf-8")
+    drawn = fill("a\n<!-- record: writing -->\n| cached | 9,999 |\n<!-- end -->\nb\n", tmp_path)
+    assert "| cached | 1,200 tokens/s | 850 to 1,250 |" in drawn
+    assert "9,999" not in drawn
+    assert drawn.startswith("a\n")
+    assert drawn.endswith("<!-- end -->\nb\n")
+    assert fill(drawn, tmp_path) == drawn
+    with pytest.raises(FileNotFoundError, match="speed"):
+        fill("<!-- record: speed -->\n<!-- end -->", tmp_path)

@@ -1,0 +1,339 @@
+"""What the loop promises: equal steps, equal resumes, nothing lost."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import octavo
+from octavo.checkpoint import Run
+from octavo.config import load_config
+from octavo.errors import ConfigError, DataError, NonFiniteError, Preempted, ResourceError
+from octavo.training import learner as learner_module
+from octavo.training.display import Display
+from octavo.training.learner import build_learner, optimizer_step
+from octavo.training.loop import train
+from octavo.training.task import prepare
+
+TEXT = "The quick brown fox jumps over the lazy dog. Pack my box with five dozen jugs.\n" * 40
+SMALL = (
+    "model.block_size=16", "model.n_layer=2", "model.n_head=2", "model.d_model=16",
+    "train.max_steps=8", "train.micro_batch_size=4", "optim.warmup=2", "optim.lr=1e-2",
+    "eval.every=4", "eval.windows=8", "checkpoint.every=2", "checkpoint.keep=3",
+    "log.every=1", "log.sample_every=4", "log.sample_tokens=5",
+)  # fmt: skip
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "fox.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+def config(text, *settings):
+    return load_config(None, [*SMALL, f"data.source={json.dumps(str(text))}", *settings])
+
+
+def learner_of(text, tmp_path, *settings):
+    task = prepare(config(text, *settings), "cpu", tmp_path / "none")
+    return build_learner(task, torch.device("cpu"), Display(quiet=True))
+
+
+def events(run):
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def weights(run):
+    opened = Run.open(run)
+    saved = opened.load(opened.latest)
+    return {**saved.model_tensors(), **saved.optimizer_tensors()}
+
+
+def assert_same_weights(one, other):
+    one, other = weights(one), weights(other)
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+def test_a_run_learns_and_leaves_everything_behind(text, tmp_path):
+    result = train(config(text, "train.max_steps=40"), tmp_path / "run", quiet=True)
+    kinds = [event["event"] for event in events(result.run)]
+    assert kinds[0] == "start"
+    assert kinds[-1] == "end"
+    assert {"train", "eval", "save", "sample"} <= set(kinds)
+    losses = [event["loss"] for event in events(result.run) if event["event"] == "train"]
+    assert losses[-1] < losses[0] - 0.5
+    evaluations = [event for event in events(result.run) if event["event"] == "eval"]
+    assert result.best_val_loss == min(event["val_loss"] for event in evaluations)
+    last = evaluations[-1]
+    assert last["val_ppl"] == pytest.approx(math.exp(last["val_loss"]))
+    # One character is one byte here, so bits per byte is the loss in another unit.
+    assert last["val_bpb"] == pytest.approx(last["val_loss"] / math.log(2))
+    for name in ("config.yaml", "tokenizer.json", "samples.txt", "report.html", "curve.png"):
+        assert (result.run / name).stat().st_size > 0, name
+
+
+def step_and_gradients(learner):
+    """One step and the gradients that the optimizer saw in it."""
+    seen = []
+    hook = learner.optimizer.register_step_pre_hook(
+        lambda *_: seen.extend(p.grad.clone() for p in learner.model.parameters())
+    )
+    step = optimizer_step(learner)
+    hook.remove()
+    return step, seen
+
+
+def assert_same_step(one, other):
+    """Equal loss and gradients, from equal weights; Adam itself would magnify rounding."""
+    (step, gradients), (other_step, other_gradients) = map(step_and_gradients, (one, other))
+    assert step.loss == pytest.approx(other_step.loss, rel=1e-6)
+    assert step.grad_norm == pytest.approx(other_step.grad_norm, rel=1e-6)
+    for a, b in zip(gradients, other_gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_accumulation_equals_one_large_batch(text, tmp_path):
+    whole = learner_of(text, tmp_path, "train.micro_batch_size=8")
+    parts = learner_of(text, tmp_path, "train.micro_batch_size=2", "train.grad_accum=4")
+    assert_same_step(whole, parts)
+
+
+def test_ragged_targets_are_weighted_by_token_not_by_batch(text, tmp_path):
+    """A mean of micro-batch means would weigh the short row as much as the full ones."""
+
+    def ragged(learner):
+        plain = learner.task.batches.rows
+
+        def rows(first, count):
+            x, y = plain(first, count)
+            y[np.arange(first, first + count) % 4 == 0, 3:] = -100
+            return x, y
+
+        object.__setattr__(learner.task, "batches", type("Ragged", (), {"rows": staticmethod(rows)}))
+        return learner
+
+    whole = ragged(learner_of(text, tmp_path, "train.micro_batch_size=8"))
+    parts = ragged(learner_of(text, tmp_path, "train.micro_batch_size=2", "train.grad_accum=4"))
+    assert_same_step(whole, parts)
+
+
+def test_clipping_bounds_what_the_optimizer_sees_and_logs_the_norm_before(text, tmp_path):
+    learner = learner_of(text, tmp_path, "optim.grad_clip=1e-3")
+    step, gradients = step_and_gradients(learner)
+    assert step.grad_norm > 1e-2
+    assert torch.nn.utils.get_total_norm(gradients).item() == pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (),
+        ("model.dropout=0.2", "train.grad_accum=2", "data.sampling=random"),
+        ("model.dropout=0.3", "train.dropout_final=0.0", "train.grad_checkpoint=true"),
+    ],
+)
+def test_resumed_equals_undisturbed_bitwise(text, tmp_path, settings, monkeypatch):
+    train(config(text, *settings), tmp_path / "whole", quiet=True)
+    stop_after(monkeypatch, 5)
+    with pytest.raises(Preempted, match="--resume"):
+        train(config(text, *settings), tmp_path / "cut", quiet=True)
+    monkeypatch.undo()
+    train(config(text, *settings), tmp_path / "cut", resume=True, quiet=True)
+    assert_same_weights(tmp_path / "whole", tmp_path / "cut")
+    assert losses_of(tmp_path / "cut") == losses_of(tmp_path / "whole")
+
+
+def stop_after(monkeypatch, steps, number=signal.SIGINT):
+    """Send this process a signal in the middle of its ``steps``-th optimizer step."""
+    plain, seen = learner_module.optimizer_step, []
+
+    def step(learner, with_layers=False):
+        seen.append(1)
+        if len(seen) == steps:
+            os.kill(os.getpid(), number)
+        return plain(learner, with_layers)
+
+    monkeypatch.setattr("octavo.training.loop.optimizer_step", step)
+
+
+def losses_of(run):
+    return {e["step"]: e["loss"] for e in events(run) if e["event"] == "train"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_within_the_step_and_exits_75(text, tmp_path, monkeypatch, number):
+    stop_after(monkeypatch, 3, number)
+    with pytest.raises(Preempted) as stopped:
+        train(config(text), tmp_path / "run", quiet=True)
+    assert stopped.value.exit_code == 75
+    assert Run.open(tmp_path / "run").latest.name == "step-00000003"
+    assert signal.getsignal(number) is not None
+
+
+def test_early_stopping_ends_and_stays_ended(text, tmp_path):
+    settings = ("train.patience=2", "eval.every=1", "optim.lr=1.0", "train.max_steps=50")
+    result = train(config(text, *settings), tmp_path / "run", quiet=True)
+    assert result.reason == "early stop"
+    assert result.step < 50
+    again = train(config(text, *settings), tmp_path / "run", resume=True, quiet=True)
+    assert (again.step, again.reason) == (result.step, "early stop")
+
+
+def test_a_finished_run_says_so_and_more_steps_carry_it_on(text, tmp_path, capsys):
+    run = tmp_path / "run"
+    train(config(text), run, quiet=True)
+    before = len(events(run))
+    train(config(text), run, resume=True)
+    assert "finished" in capsys.readouterr().out
+    assert len(events(run)) == before
+    assert train(config(text, "train.max_steps=10"), run, resume=True, quiet=True).step == 10
+
+
+def test_a_non_finite_step_is_skipped_counted_and_never_saved(text, tmp_path, monkeypatch):
+    poison_gradients(monkeypatch, at={3})
+    train(config(text), tmp_path / "run", quiet=True)
+    skips = [event["step"] for event in events(tmp_path / "run") if event["event"] == "skip"]
+    assert skips == [3]
+    assert all(torch.isfinite(value).all() for value in weights(tmp_path / "run").values())
+    assert events(tmp_path / "run")[-1]["skipped"] == 1
+
+
+def test_too_many_bad_steps_end_the_run_with_the_last_good_state(text, tmp_path, monkeypatch):
+    poison_gradients(monkeypatch, at=range(4, 100))
+    with pytest.raises(NonFiniteError, match="in a row"):
+        train(config(text, "train.max_bad_steps=3"), tmp_path / "run", quiet=True)
+    assert all(torch.isfinite(value).all() for value in weights(tmp_path / "run").values())
+
+
+def poison_gradients(monkeypatch, at):
+    plain = learner_module.build_learner
+
+    def build(task, device, display):
+        learner = plain(task, device, display)
+        loss = learner.loss
+
+        def poisoned(model, x, y):
+            nll = loss(model, x, y)
+            return nll * float("nan") if learner.progress.step + 1 in at else nll
+
+        learner.loss = poisoned
+        return learner
+
+    monkeypatch.setattr("octavo.training.loop.build_learner", build)
+
+
+def test_a_full_disk_is_survived_twice_and_fatal_the_third_time(text, tmp_path, monkeypatch):
+    plain, failures = Run.save, []
+
+    def save(self, *args, **kwargs):
+        if len(failures) < limit:
+            failures.append(1)
+            raise ResourceError("No space left on device")
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(Run, "save", save)
+    limit = 2
+    assert train(config(text), tmp_path / "two", quiet=True).reason == "finished"
+    failures.clear()
+    limit = 99
+    with pytest.raises(ResourceError, match="No space"):
+        train(config(text), tmp_path / "three", quiet=True)
+
+
+def test_other_settings_or_another_text_are_refused_on_resume(text, tmp_path):
+    train(config(text, "train.max_steps=2"), tmp_path / "run", quiet=True)
+    with pytest.raises(ConfigError, match=r"optim\.lr 0\.01 -> 0\.5"):
+        train(config(text, "optim.lr=0.5"), tmp_path / "run", resume=True, quiet=True)
+    with pytest.raises(ConfigError, match="already holds a run"):
+        train(config(text), tmp_path / "run", quiet=True)
+    text.write_text(TEXT.replace("fox", "cat"), encoding="utf-8")
+    with pytest.raises((DataError, ConfigError), match="text has changed"):
+        train(config(text), tmp_path / "run", resume=True, quiet=True)
+
+
+def test_two_trainings_of_one_run_are_refused(text, tmp_path):
+    train(config(text, "train.max_steps=2"), tmp_path / "run", quiet=True)
+    with Run.open(tmp_path / "run").locked(), pytest.raises(ConfigError, match="process"):
+        train(config(text), tmp_path / "run", resume=True, quiet=True)
+
+
+def test_bf16_trains_to_within_two_percent_of_fp32(text, tmp_path):
+    results = [
+        train(
+            config(text, "train.max_steps=60", f"train.precision={precision}"),
+            tmp_path / precision,
+            quiet=True,
+        ).best_val_loss
+        for precision in ("fp32", "bf16")
+    ]
+    assert results[1] == pytest.approx(results[0], rel=0.02)
+    with pytest.raises(ConfigError, match="bf16 or fp32"):
+        train(config(text, "train.precision=fp16"), tmp_path / "fp16", quiet=True)
+
+
+def test_checkpointing_activations_and_chunking_the_loss_change_nothing(text, tmp_path):
+    plain = learner_of(text, tmp_path)
+    thrifty = learner_of(text, tmp_path, "train.grad_checkpoint=true", "train.loss_chunk=7")
+    assert_same_step(plain, thrifty)
+
+
+def test_layer_norms_sum_to_the_global_norm(text, tmp_path):
+    step = optimizer_step(learner_of(text, tmp_path), with_layers=True)
+    assert set(step.layers) == {"blocks.0", "blocks.1", "rest"}
+    total = math.sqrt(sum(norm**2 for norm in step.layers.values()))
+    assert total == pytest.approx(step.grad_norm, rel=1e-5)
+
+
+def test_text_from_standard_input_is_kept_with_the_run(tmp_path, monkeypatch):
+    import io
+
+    stdin = type("Stdin", (), {"buffer": io.BytesIO(TEXT.encode()), "isatty": lambda self: False})()
+    monkeypatch.setattr(sys, "stdin", stdin)
+    train(config("-", "train.max_steps=2"), tmp_path / "run", quiet=True)
+    assert (tmp_path / "run" / "input.txt").read_text(encoding="utf-8") == TEXT
+    more = dataclasses.replace(Run.open(tmp_path / "run").config)
+    more = dataclasses.replace(more, train=dataclasses.replace(more.train, max_steps=4))
+    assert train(more, tmp_path / "run", resume=True, quiet=True).step == 4
+
+
+def test_tensorboard_gets_the_same_numbers(text, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(config(text, "log.to=[tensorboard]"), tmp_path / "run", quiet=True)
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    board.Reload()
+    shown = {event.step: event.value for event in board.Scalars("train/loss")}
+    assert shown == pytest.approx(losses_of(tmp_path / "run"))
+
+
+def test_from_python_in_three_lines(text, tmp_path):
+    octavo.train(config(text, "train.max_steps=3"), tmp_path / "run", quiet=True)
+    lm = octavo.load(tmp_path / "run")
+    assert len(lm.generate("The", max_new_tokens=5, temperature=0)) == 5
+
+
+def test_wandb_offline_gets_the_numbers_and_no_network(text, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    settings = ("log.to=[wandb]", "log.project=sea", "log.run_name=shells")
+    train(config(text, *settings), tmp_path / "run", quiet=True)
+    (session,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
+    recorded = session.read_bytes()
+    assert b"train/loss" in recorded
+    assert b"shells" in recorded
+
+
+def test_a_missing_extra_names_the_line_that_installs_it(text, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=r'pip install "octavo\[track\]"'):
+        train(config(text, "log.to=[wandb]"), tmp_path / "run", quiet=True)
