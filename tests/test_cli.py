@@ -60,7 +60,9 @@ def called(*words):
 def test_help_is_instant_and_imports_nothing_heavy(folder):
     script = "import sys; from octavo.cli import main\ntry: main([])\nexcept SystemExit: pass\n"
     script += "print(sorted({'torch', 'numpy', 'yaml', 'rich'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     assert done.stdout.startswith("octavo: a small")
     assert done.stdout.strip().endswith("[]")
 
@@ -96,7 +98,7 @@ def test_train_then_generate_then_eval(run, here, capsys):
 
 
 def test_the_seed_projects_flags_are_understood(run, here, capsys):
-    words = "--max_tokens 20 --temperature 0.9 --top_k 50 --top_p 0.95 --stream".split()
+    words = ["--max_tokens", "20", "--temperature=0.9", "--top_k=50", "--top_p=0.95", "--stream"]
     assert called("generate", "runs/sea", "--prompt", "She", *words) == 0
     streamed = capsys.readouterr().out
     assert called("generate", "runs/sea", "--prompt", "She", *words[:-1]) == 0
@@ -245,7 +247,9 @@ def test_interactive_in_a_terminal_where_ctrl_c_stops_the_text_only(run, folder)
 
 
 def test_a_pipe_that_closes_early_is_no_error(run, folder):
-    command = f"{sys.executable} -m octavo generate runs/sea --max-new-tokens 2000 --stream | head -c 5"
+    command = (
+        f"{sys.executable} -m octavo generate runs/sea --max-new-tokens 2000 --stream | head -c 5"
+    )
     done = subprocess.run(["sh", "-c", command], cwd=folder, capture_output=True, check=True)
     assert (len(done.stdout), done.stderr) == (5, b"")
 

@@ -17,9 +17,7 @@ from octavo.config import SECTIONS
 
 ROOT = Path(__file__).parents[1]
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
-MARKDOWN = [
-    path for path in ROOT.rglob("*.md") if not path.relative_to(ROOT).parts[0].startswith(".")
-]
+MARKDOWN = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 
 
 def commands(readme: str, program: str) -> list[list[str]]:

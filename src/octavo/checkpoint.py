@@ -85,16 +85,20 @@ class Run:
     def open(cls, path: Path | str) -> "Run":
         """The run at ``path``, which may also be one of a run's checkpoints: then pinned to it."""
         path = Path(path)
+        if run := cls.find(path):
+            return run
+        raise ConfigError(f"{path} is no run", f"looked for {path / 'config.yaml'}", _hint(path))
+
+    @classmethod
+    def find(cls, path: Path) -> "Run | None":
+        """Like `open`, but None where there is no run."""
+        if not path.is_dir():
+            return None
         if disk.exists(path / "config.yaml"):
             return cls(path)
         above = path.parent.parent
-        if (
-            path.match("checkpoints/step-*")
-            and path.is_dir()
-            and disk.exists(above / "config.yaml")
-        ):
-            return cls(above, pinned=path)
-        raise ConfigError(f"{path} is no run", f"looked for {path / 'config.yaml'}", _hint(path))
+        inside = path.match("checkpoints/step-*") and disk.exists(above / "config.yaml")
+        return cls(above, pinned=path) if inside else None
 
     @cached_property
     def config(self) -> Config:

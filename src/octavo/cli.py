@@ -1,4 +1,4 @@
-"""The command line: what one types, and nothing else. Each command calls one function of the house."""
+"""The command line: what one types and what one reads. The work is done in the rooms below."""
 
 import argparse
 import inspect

@@ -12,7 +12,7 @@ import torch
 
 from octavo.config import ModelConfig, RopeScaling
 from octavo.errors import CheckpointError, ConfigError, MissingExtraError
-from octavo.exchanging.families import FAMILIES, choose_family, find_family
+from octavo.exchanging.families import FAMILIES, PLAIN, SYNONYMS, choose_family, find_family
 from octavo.exchanging.huggingface import from_huggingface, to_huggingface
 from octavo.model.gpt import GPT
 
@@ -129,8 +129,8 @@ def test_in_and_out_again(name, tied):
         assert torch.equal(again.state_dict()[key], tensor), key
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast"])
-def test_every_spelling_of_gelu(activation):
+@pytest.mark.parametrize("activation", [*PLAIN.values(), *SYNONYMS])
+def test_every_spelling_of_every_activation(activation):
     theirs = stock("GPT2LMHeadModel", activation_function=activation)
     assert_same_logits(from_huggingface(theirs), theirs)
 
@@ -143,6 +143,15 @@ def test_rope_scaling_in(kind):
     theirs = stock("LlamaForCausalLM", rope_parameters=parameters)
     ours = from_huggingface(theirs)
     assert ours.config.rope_scaling.type == kind
+    assert_same_logits(ours, theirs)
+
+
+def test_rope_scaling_as_older_files_spell_it():
+    older = dict(rope_theta=300.0, rope_scaling={"type": "linear", "factor": 3.0})
+    theirs = stock("LlamaForCausalLM", **older)
+    ours = from_huggingface(theirs)
+    assert ours.config.rope_theta == 300.0
+    assert ours.config.rope_scaling == RopeScaling(type="linear", factor=3.0)
     assert_same_logits(ours, theirs)
 
 
@@ -243,7 +252,22 @@ def test_a_directory_with_a_hole_is_refused_not_filled_with_noise(tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"missing keys: model\.layers\.1\.mlp\.up_proj"):
+    with pytest.raises(CheckpointError, match=r"misses model\.layers\.1\.mlp\.up_proj\.weight"):
+        from_huggingface(tmp_path)
+
+
+def test_a_bias_that_the_configuration_denies_is_refused_but_old_buffers_are_not(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    theirs = stock("StableLmForCausalLM")
+    theirs.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert_same_logits(from_huggingface(tmp_path), theirs)
+    weights["model.layers.0.self_attn.q_proj.bias"] = torch.ones(32)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"has an unknown .*q_proj\.bias"):
         from_huggingface(tmp_path)
 
 

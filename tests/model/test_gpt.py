@@ -85,6 +85,7 @@ def test_norms_stand_where_they_should(make_model, ids, norm_position):
         assert torch.equal(inputs["mlp"], outputs["mlp_norm"])
         assert torch.equal(states, outputs["norm_f"])
     if norm_position == "sandwich":
+        assert torch.equal(inputs["drop"], outputs["mlp_out_norm"])
         assert torch.equal(inputs["attn_out_norm"], outputs["attn"])
         assert torch.equal(inputs["mlp_norm"], model.tok_emb(ids) + outputs["attn_out_norm"])
 
@@ -165,7 +166,7 @@ def test_dropout_reaches_attention_weights_and_every_sublayer(make_model, ids):
         module.register_forward_hook(lambda module, args, out: calls.append(module.p))
     model(ids, attend=attend)
     assert rates == [0.5, 0.5]
-    assert calls == [0.5] * 5
+    assert calls == [0.5] * 5  # two in each block
     model.eval()(ids, attend=attend)
     assert rates[2:] == [0.0, 0.0]
 

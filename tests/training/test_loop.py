@@ -119,7 +119,9 @@ def test_ragged_targets_are_weighted_by_token_not_by_batch(text, tmp_path):
             y[np.arange(first, first + count) % 4 == 0, 3:] = -100
             return x, y
 
-        object.__setattr__(learner.task, "batches", type("Ragged", (), {"rows": staticmethod(rows)}))
+        object.__setattr__(
+            learner.task, "batches", type("Ragged", (), {"rows": staticmethod(rows)})
+        )
         return learner
 
     whole = ragged(learner_of(text, tmp_path, "train.micro_batch_size=8"))

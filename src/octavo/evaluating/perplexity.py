@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Score:
-    """Summed negative log-likelihood of ``tokens`` tokens that stand for ``bytes`` bytes of text."""
+    """Summed negative log-likelihood of ``tokens`` tokens that stand for ``bytes`` of text."""
 
     nats: float
     tokens: int
@@ -69,9 +69,7 @@ def score_windows(
     return Score(nats, int(counted.size), n_bytes)
 
 
-def strided_windows(
-    ids: np.ndarray, block_size: int, stride: int
-) -> tuple[np.ndarray, np.ndarray]:
+def strided_windows(ids: np.ndarray, block_size: int, stride: int) -> tuple[np.ndarray, np.ndarray]:
     """Windows of one text in which every token but the first is a target exactly once.
 
     Each window moves on by ``stride``; what an earlier window has scored is context only, marked
@@ -79,7 +77,7 @@ def strided_windows(
     them. Returns (x, y), each (N, block_size) int64, padded with 0 and -100.
     """
     targets = len(ids) - 1
-    ends = list(range(min(block_size, targets), targets, stride)) + [targets]
+    ends = [*range(min(block_size, targets), targets, stride), targets]
     x = np.zeros((len(ends), block_size), dtype=np.int64)
     y = np.full((len(ends), block_size), -100, dtype=np.int64)
     scored = 0

@@ -15,6 +15,9 @@ from octavo.errors import CheckpointError, ConfigError, MissingExtraError
 from octavo.exchanging.families import choose_family, find_family
 from octavo.model.gpt import GPT
 
+# Masks and frequencies that older files carry: not weights, and computed anew.
+OLD_BUFFERS = (".masked_bias", ".inv_freq")
+
 
 def from_huggingface(source: nn.Module | str | Path) -> GPT:
     """Our model with the weights of ``source``, in fp32 and evaluation mode.
@@ -85,9 +88,10 @@ def _read_directory(path: Path) -> nn.Module:
     except Exception as error:  # transformers raises many kinds; each is one line for a person
         first = str(error).strip().splitlines()
         raise CheckpointError(f"cannot load {path}: {first[0] if first else error!r}") from error
-    for kind in ("missing_keys", "unexpected_keys"):
-        if report[kind]:
-            raise CheckpointError(f"{kind.replace('_', ' ')}: {sorted(report[kind])[0]}", f"{path}")
+    extra = {key for key in report["unexpected_keys"] if not key.endswith(OLD_BUFFERS)}
+    for kind, keys in (("misses", report["missing_keys"]), ("has an unknown", extra)):
+        if keys:
+            raise CheckpointError(f"{path} {kind} {min(keys)}", f"{len(keys)} such tensors")
     return module
 
 

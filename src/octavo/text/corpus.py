@@ -255,7 +255,7 @@ def _csv_records(text: str, field: str, path: Path) -> Iterator[str]:
                 raise _bad_record(f"has not the header's {columns}", path, rows.line_num)
             yield _text_of(row, field, path, rows.line_num)
     except csv.Error as error:
-        raise _bad_record(f"is no CSV: {error}", path, rows.line_num) from None
+        raise _bad_record(f"is no CSV: {error}", path, rows.reader.line_num) from None
 
 
 def _text_of(record: dict, field: str, path: Path, number: int) -> str:

@@ -139,7 +139,9 @@ class Tokenizer:
             if path.is_dir() and not (path / "tokenizer.json").exists():
                 return cls(tokenizer_json.read_pair(path))
             file = path / "tokenizer.json" if path.is_dir() else path
-            return cls(json.loads(file.read_text(encoding="utf-8")))
+            tokenizer = cls(json.loads(file.read_text(encoding="utf-8")))
+            tokenizer.encode("")  # makes the encoder, so that what is wrong shows here
+            return tokenizer
         except DataError as error:
             raise DataError(error.what, f"in {path}", error.fix) from None
         except OSError as error:
@@ -197,14 +199,13 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for; `DataError` for an id outside the vocabulary."""
-        index = int(token_id)
-        if not 0 <= index < self.vocab_size:
+        if not 0 <= token_id < self.vocab_size:
             raise DataError(
-                f"the id {index} is outside the vocabulary",
+                f"the id {token_id} is outside the vocabulary",
                 f"which has the ids 0 to {self.vocab_size - 1}",
                 "use ids of this tokenizer; padding the model adds ids that mean nothing",
             )
-        return self._tokens[index]
+        return self._tokens[token_id]
 
     def byte_lengths(self) -> np.ndarray:
         """Bytes of text in each token (vocab_size,), int64; special tokens are no text: 0."""

@@ -4,8 +4,6 @@ import dataclasses
 import time
 from typing import Any
 
-import torch
-
 from octavo.checkpoint import Run
 from octavo.errors import NonFiniteError, ResourceError
 from octavo.evaluating.perplexity import Score, score_windows
@@ -67,7 +65,9 @@ class Keeper:
         elif due(progress.step, config.log.every) or progress.step == config.train.max_steps:
             speed = self._busy_tokens / self._busy_seconds
             self._busy_seconds, self._busy_tokens = 0.0, 0
-            values = {name: value for name, value in vars(step).items() if name != "taken" and value != {}}
+            values = {
+                name: value for name, value in vars(step).items() if name != "taken" and value != {}
+            }
             self._write("train", **values, tokens_per_s=round(speed, 1))
             self.display.advance(progress.step, config.train.max_steps, step.loss, speed)
 
@@ -107,7 +107,8 @@ class Keeper:
         self.display.validated(progress.step, score, best)
         if best:
             self.save()
-            self.run.mark_best(progress.step, score.loss)
+            if self._saved_step == progress.step:
+                self.run.mark_best(progress.step, score.loss)
 
     def sample(self) -> None:
         """Let the model write a little, into samples.txt and the log."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from octavo.checkpoint import Run
 from octavo.errors import ConfigError
+from octavo.generating.sampling import splitmix64
 from octavo.model.gpt import GPT, cross_entropy
 from octavo.training.display import Display
 from octavo.training.metrics import layer_norms
@@ -105,6 +106,8 @@ def build_learner(task: Task, device: torch.device, display: Display) -> Learner
 
 def restore(learner: Learner, run: Run, display: Display) -> None:
     """Load the latest checkpoint, where there is one."""
+    for path in run.damaged:
+        display.say(f"warning: {path} is damaged and passed over")
     if run.latest is None:
         return
     saved = run.load(run.latest)
@@ -140,7 +143,7 @@ def optimizer_step(learner: Learner, with_layers: bool = False) -> Step:
     total = torch.zeros((), device=learner.device)
     for row, (x, y) in zip(starts, batches, strict=True):
         if dropout:
-            torch.manual_seed(mix(train.seed, progress.step, row))
+            torch.manual_seed(splitmix64(splitmix64(train.seed, progress.step), row))
         with learner.autocast():
             nll = learner.loss(learner.model, _to(x, learner.device), _to(y, learner.device))
         learner.scaler.scale(nll / n_targets).backward()
@@ -175,17 +178,6 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
         name = "bf16" if bf16 else "fp32"
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-
-
-def mix(*words: int) -> int:
-    """One 64-bit seed from several integers: splitmix64's finalizer over their chain."""
-    state = 0
-    for word in words:
-        state = (state + word + 0x9E3779B97F4A7C15) % 2**64
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) % 2**64
-        state ^= state >> 31
-    return state
 
 
 def _compile(learner: Learner, display: Display) -> None:

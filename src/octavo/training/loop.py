@@ -38,7 +38,7 @@ class TrainResult:
 def train(
     config: Config, out: Path | str, *, resume: bool = False, quiet: bool = False
 ) -> TrainResult:
-    """Train a model into the run directory ``out``; with ``resume`` go on with the run that is there.
+    """Train a model into the run directory ``out``; with ``resume`` go on with the run there.
 
     Ctrl-C and SIGTERM save and raise `Preempted`; a second one stops at once. Raises `ConfigError`
     where ``out`` holds a run and ``resume`` is false, `NonFiniteError` after
@@ -103,15 +103,15 @@ def _is_over(learner: Learner) -> bool:
 
 def _open(config: Config, out: Path, resume: bool, device: str) -> tuple[Run, Task]:
     """The run directory, new or there already, and the task as its configuration says."""
-    if not (out / "config.yaml").exists():
+    run = Run.find(out)
+    if run is None:
         task = prepare(config, device, out)
         return Run.create(out, task.config, task.tokenizer, files=task.files), task
     if not resume:
         raise ConfigError(
             f"{out} already holds a run", fix="go on with --resume, or choose another --out"
         )
-    run = Run.open(out)
-    task = prepare(config, device, out, run.tokenizer)
+    task = prepare(config, device, run.path, run.tokenizer)
     check_resumable(run.config, task.config)
     check_same_text(task, run.path)
     return run, task

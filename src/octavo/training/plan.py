@@ -62,7 +62,8 @@ def _remarks(config: Config, epochs: float, text_tokens_a_parameter: float) -> l
         remarks.append(f"the run sees {epochs:.0%} of the text: more steps would see the rest")
     if epochs > 20 and config.model.dropout == 0:
         remarks.append(
-            f"{epochs:.0f} epochs without dropout: expect overfitting (model.dropout=0.1, or fewer steps)"
+            f"{epochs:.0f} epochs without dropout: expect overfitting; "
+            "try model.dropout=0.1 or fewer steps"
         )
     if text_tokens_a_parameter < 1:
         remarks.append(

@@ -1,4 +1,4 @@
-"""What must be known before step 0: what was asked for, its text, tokens and whole configuration."""
+"""What must be known before step 0: what was asked for, its text, its tokens, every setting."""
 
 import dataclasses
 import glob
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 import octavo
+from octavo.checkpoint import Run
 from octavo.config import Config, DataConfig, ModelConfig, load_config
 from octavo.errors import ConfigError, DataError
 from octavo.evaluating.perplexity import Score, score_windows
@@ -53,11 +54,11 @@ class Request:
 def read_request(words: list[str], settings: list[str]) -> Request:
     """Sort a command line's bare words into a configuration, a run and texts.
 
-    A word ending in .yaml or .yml is a configuration, a directory with a config.yaml is a run,
-    anything else is text, which wins over the configuration's.
+    A word ending in .yaml or .yml is a configuration, a run directory or one of its checkpoints is
+    a run, anything else is text, which wins over the configuration's.
     """
     recipes = [word for word in words if word.endswith((".yaml", ".yml"))]
-    runs = [word for word in words if (Path(word) / "config.yaml").is_file()]
+    runs = [word for word in words if word not in recipes and Run.find(Path(word))]
     texts = [word for word in words if word not in recipes and word not in runs]
     if len(recipes) + len(runs) > 1 or (runs and texts):
         raise ConfigError(
@@ -68,8 +69,10 @@ def read_request(words: list[str], settings: list[str]) -> Request:
             "nothing to train on", fix="name a text, a CONFIG.yaml or a run: octavo train my.txt"
         )
     if runs:
-        run = Path(runs[0])
-        return Request(load_config(run / "config.yaml", settings), run.name, run)
+        run = Run.open(runs[0])
+        return Request(
+            load_config(run.path / "config.yaml", settings), run.path.name, Path(runs[0])
+        )
     recipe = find_recipe(recipes[0]) if recipes else None
     config = load_config(recipe, settings)
     if texts:
@@ -221,7 +224,9 @@ def absolute(source: str | list[str] | None) -> str | list[str] | None:
         return [str(absolute(item)) for item in source]
     if source is None or source == "-":
         return source
-    return str(Path(source).resolve()) if Path(source).exists() or glob.has_magic(source) else source
+    return (
+        str(Path(source).resolve()) if Path(source).exists() or glob.has_magic(source) else source
+    )
 
 
 def _tokenizer_name(data: DataConfig, tokenizer: Tokenizer) -> str:

@@ -1,0 +1,239 @@
+"""How a benchmark is run: interleaved rounds of resident peers, medians, and no figure from noise.
+
+Each peer is one process that builds its model once and then waits at a pipe; rounds go A B C A B C,
+so what slows the machine slows all. Answers are compared before anything is timed. A matrix product
+takes part as a witness of the machine. A result is refused (exit code 1) when other processes took
+more than 3 % of the CPU, or when the witness's slowest round falls below 85 % of its fastest.
+"""
+
+import argparse
+import datetime
+import functools
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import platform
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+RECORDS = Path(__file__).parent / "records"
+WITNESS = "matrix product"
+FEWEST_ROUNDS, FOREIGN_LIMIT, STEADY = 10, 0.03, 0.85
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a peer's process has ready."""
+
+    answer: Any
+    """Compared with the other peers' before timing."""
+    round: Callable[[], float]
+    """Does the work once more; gives a rate, higher is better."""
+
+
+Peers = Mapping[str, Callable[[], Work]]
+"""By name, importable functions (or partials of them) that build the work in their process."""
+
+
+def options(description: str) -> argparse.ArgumentParser:
+    """What every benchmark is asked."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--rounds", type=int, default=FEWEST_ROUNDS)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--record", action="store_true", help="write benchmarks/records/...json")
+    parser.add_argument("--allow-noise", action="store_true", help="keep, and mark, a noisy result")
+    return parser
+
+
+def measure(
+    name: str, peers: Peers, check: Callable[[dict[str, Any]], None], unit: str, asked: Any
+) -> None:
+    """Run the benchmark ``name``, print it, record it if asked; exits with 1 where it is refused.
+
+    ``check`` raises unless the peers' answers agree; ratios are to the peers after the first.
+    """
+    if asked.rounds < FEWEST_ROUNDS and not asked.allow_noise:
+        sys.exit(f"error: {asked.rounds} rounds are too few; at least {FEWEST_ROUNDS}")
+    residents = {
+        what: Resident(what, make, asked.threads)
+        for what, make in {**peers, WITNESS: matrix_product}.items()
+    }
+    answers = {what: resident.ask() for what, resident in residents.items()}
+    check({what: answers[what] for what in peers})
+    for resident in residents.values():
+        resident.ask()  # a round to warm up
+    cpu = ForeignCpu([resident.process.pid for resident in residents.values()])
+    figures: dict[str, list[float]] = {what: [] for what in residents}
+    for number in range(asked.rounds):
+        for what, resident in residents.items():
+            figures[what].append(resident.ask())
+        print(f"round {number + 1} of {asked.rounds}", file=sys.stderr)
+    foreign = cpu.share()
+    witness = min(figures[WITNESS]) / max(figures[WITNESS])
+    noisy = not foreign <= FOREIGN_LIMIT or witness < STEADY
+    record = {
+        "name": name,
+        "machine": machine(),
+        "versions": {"python": platform.python_version(), **asked.versions},
+        "command": command(),
+        "rounds": asked.rounds,
+        "threads": asked.threads,
+        "foreign_cpu": round(foreign, 4),
+        "witness": round(witness, 3),
+        "noisy": noisy,
+        "results": results(figures, list(peers), unit),
+    }
+    show(record)
+    if noisy and not asked.allow_noise:
+        sys.exit("error: refused, the machine was not quiet; wait until it is, or --allow-noise")
+    if asked.record:
+        print(write(record))
+
+
+class Resident:
+    """A peer's process; it works only while it is asked."""
+
+    def __init__(self, what: str, make: Callable[[], Work], threads: int) -> None:
+        self.what = what
+        context = multiprocessing.get_context("spawn")
+        self.pipe, other = context.Pipe()
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # inherited by the process
+        self.process = context.Process(target=_work, args=(other, make), daemon=True)
+        self.process.start()
+        other.close()
+
+    def ask(self) -> Any:
+        """The answer the first time, then the rate of one more round."""
+        try:
+            self.pipe.send("go on")
+            return self.pipe.recv()
+        except (EOFError, BrokenPipeError):
+            sys.exit(f"error: {self.what} failed; its traceback is above")
+
+
+def _work(pipe: Connection, make: Callable[[], Work]) -> None:
+    pipe.recv()
+    work = make()
+    pipe.send(work.answer)
+    while pipe.recv():
+        pipe.send(work.round())
+
+
+def matrix_product() -> Work:
+    """How fast the machine multiplies large matrices now, in GFLOP/s."""
+    import torch
+
+    a, b = torch.rand(1024, 1024), torch.rand(1024, 1024)
+    return Work(None, functools.partial(timed, lambda: a @ b, 20 * 2 * 1024**3 / 1e9, 20))
+
+
+def timed(step: Callable[[], Any], amount: float, times: int = 1) -> float:
+    """``amount`` of work a second, where ``times`` calls of ``step`` do it all."""
+    started = time.perf_counter()
+    for _ in range(times):
+        step()
+    return amount / (time.perf_counter() - started)
+
+
+class ForeignCpu:
+    """How much of the CPU others took since this was made: Linux's count less our processes'."""
+
+    def __init__(self, pids: list[int]) -> None:
+        self.pids = [os.getpid(), *pids]
+        self.before = self._read()
+
+    def share(self) -> float:
+        """Between 0 and 1; NaN where the system does not say."""
+        (busy, total, own), (busy0, total0, own0) = self._read(), self.before
+        return (
+            max(busy - busy0 - own + own0, 0) / (total - total0) if total > total0 else float("nan")
+        )
+
+    def _read(self) -> tuple[int, int, int]:
+        """Ticks of the machine busy, of the machine in all, and of our processes."""
+        try:
+            ticks = [int(n) for n in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
+            own = sum(self._ticks(pid) for pid in self.pids)
+        except OSError:
+            return 0, 0, 0
+        return sum(ticks) - ticks[3] - ticks[4], sum(ticks), own  # without idle and iowait
+
+    def _ticks(self, pid: int) -> int:
+        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return int(after_name[11]) + int(after_name[12])  # user and system
+
+
+def results(figures: dict[str, list[float]], peers: list[str], unit: str) -> list[dict[str, Any]]:
+    """Medians with their ranges; and of the first peer's rates over each other's, round by round."""
+    rows = [(what, figures[what], unit) for what in peers]
+    rows.append((WITNESS, figures[WITNESS], "GFLOP/s"))
+    for other in peers[1:]:
+        pairs = zip(figures[peers[0]], figures[other], strict=True)
+        rows.append((f"{peers[0]} / {other}", [a / b for a, b in pairs], "x"))
+    return [
+        {
+            "what": what,
+            "value": statistics.median(of),
+            "unit": unit,
+            "low": min(of),
+            "high": max(of),
+        }
+        for what, of, unit in rows
+    ]
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Their versions by name."""
+    return {package: importlib.metadata.version(package) for package in packages}
+
+
+def cpu_model() -> str:
+    """The processor by the name its maker gives it."""
+    try:
+        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def machine() -> str:
+    """Processor, cores and memory; no name of the machine."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{os.cpu_count()} cores of {cpu_model()}, {memory:.0f} GiB, {platform.system()}"
+
+
+def command() -> str:
+    """What was typed, without the paths of this machine."""
+    words = ["PATH" if Path(word).exists() else word for word in sys.argv[1:]]
+    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
+
+
+def show(record: dict[str, Any]) -> None:
+    """Print a record for people."""
+    print(f"{record['machine']}, {record['threads']} threads, {record['rounds']} rounds")
+    for row in record["results"]:
+        print(
+            f"{row['what']:44} {row['value']:12,.2f} {row['unit']:9} "
+            f"({row['low']:,.2f} to {row['high']:,.2f})"
+        )
+    print(
+        f"foreign CPU {record['foreign_cpu']:.1%} (limit {FOREIGN_LIMIT:.0%}), "
+        f"witness {record['witness']:.2f} (limit {STEADY})"
+    )
+
+
+def write(record: dict[str, Any]) -> Path:
+    """Write the record as records/NAME-CPU-DATE.json."""
+    cpu = re.sub(r"[^a-z0-9]+", "-", cpu_model().lower()).strip("-")
+    RECORDS.mkdir(exist_ok=True)
+    path = RECORDS / f"{record['name']}-{cpu}-{datetime.date.today().isoformat()}.json"
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return path
