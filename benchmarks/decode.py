@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import peers
-from measure import Work, measure, options, timed, versions
+from measure import Work, measure, options, timed
+from record import versions
 
 PROMPT, NEW_TOKENS = list(range(16)), 240
 

@@ -7,14 +7,10 @@ more than 3 % of the CPU, or when the witness's slowest round falls below 85 % o
 """
 
 import argparse
-import datetime
+import contextlib
 import functools
-import importlib.metadata
-import json
 import multiprocessing
 import os
-import platform
-import re
 import statistics
 import sys
 import time
@@ -24,9 +20,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-RECORDS = Path(__file__).parent / "records"
+import record
+
 WITNESS = "matrix product"
-FEWEST_ROUNDS, FOREIGN_LIMIT, STEADY = 10, 0.03, 0.85
+FEWEST_ROUNDS, FOREIGN_LIMIT, STEADY_LIMIT = 10, 0.03, 0.85
 
 
 @dataclass(frozen=True)
@@ -58,14 +55,12 @@ def measure(
 ) -> None:
     """Run the benchmark ``name``, print it, record it if asked; exits with 1 where it is refused.
 
-    ``check`` raises unless the peers' answers agree; ratios are to the peers after the first.
+    ``check`` raises unless the peers' answers agree; the first peer is compared with each other.
     """
     if asked.rounds < FEWEST_ROUNDS and not asked.allow_noise:
         sys.exit(f"error: {asked.rounds} rounds are too few; at least {FEWEST_ROUNDS}")
-    residents = {
-        what: Resident(what, make, asked.threads)
-        for what, make in {**peers, WITNESS: matrix_product}.items()
-    }
+    makers = {**peers, WITNESS: matrix_product}
+    residents = {what: Resident(what, make, asked.threads) for what, make in makers.items()}
     answers = {what: resident.ask() for what, resident in residents.items()}
     check({what: answers[what] for what in peers})
     for resident in residents.values():
@@ -76,26 +71,24 @@ def measure(
         for what, resident in residents.items():
             figures[what].append(resident.ask())
         print(f"round {number + 1} of {asked.rounds}", file=sys.stderr)
-    foreign = cpu.share()
-    witness = min(figures[WITNESS]) / max(figures[WITNESS])
-    noisy = not foreign <= FOREIGN_LIMIT or witness < STEADY
-    record = {
+    foreign, steady = cpu.share(), min(figures[WITNESS]) / max(figures[WITNESS])
+    measured = {
         "name": name,
-        "machine": machine(),
-        "versions": {"python": platform.python_version(), **asked.versions},
-        "command": command(),
+        "machine": record.machine(),
+        "versions": asked.versions,
+        "command": record.command(),
         "rounds": asked.rounds,
         "threads": asked.threads,
         "foreign_cpu": round(foreign, 4),
-        "witness": round(witness, 3),
-        "noisy": noisy,
+        "steady": round(steady, 3),
+        "noisy": foreign > FOREIGN_LIMIT or steady < STEADY_LIMIT,
         "results": results(figures, list(peers), unit),
     }
-    show(record)
-    if noisy and not asked.allow_noise:
+    show(measured)
+    if measured["noisy"] and not asked.allow_noise:
         sys.exit("error: refused, the machine was not quiet; wait until it is, or --allow-noise")
     if asked.record:
-        print(write(record))
+        print(record.write(measured))
 
 
 class Resident:
@@ -120,11 +113,13 @@ class Resident:
 
 
 def _work(pipe: Connection, make: Callable[[], Work]) -> None:
-    pipe.recv()
-    work = make()
-    pipe.send(work.answer)
-    while pipe.recv():
-        pipe.send(work.round())
+    with contextlib.suppress(EOFError):  # nobody asks any more
+        pipe.recv()
+        work = make()
+        pipe.send(work.answer)
+        while True:
+            pipe.recv()
+            pipe.send(work.round())
 
 
 def matrix_product() -> Work:
@@ -151,11 +146,9 @@ class ForeignCpu:
         self.before = self._read()
 
     def share(self) -> float:
-        """Between 0 and 1; NaN where the system does not say."""
-        (busy, total, own), (busy0, total0, own0) = self._read(), self.before
-        return (
-            max(busy - busy0 - own + own0, 0) / (total - total0) if total > total0 else float("nan")
-        )
+        """Between 0 and 1; where the system does not say, 1, which is refused."""
+        busy, total, own = (now - then for now, then in zip(self._read(), self.before, strict=True))
+        return max(busy - own, 0) / total if total else 1.0
 
     def _read(self) -> tuple[int, int, int]:
         """Ticks of the machine busy, of the machine in all, and of our processes."""
@@ -172,12 +165,12 @@ class ForeignCpu:
 
 
 def results(figures: dict[str, list[float]], peers: list[str], unit: str) -> list[dict[str, Any]]:
-    """Medians with their ranges; and of the first peer's rates over each other's, round by round."""
+    """Medians with their ranges; the first peer over each other is compared round by round."""
     rows = [(what, figures[what], unit) for what in peers]
     rows.append((WITNESS, figures[WITNESS], "GFLOP/s"))
     for other in peers[1:]:
         pairs = zip(figures[peers[0]], figures[other], strict=True)
-        rows.append((f"{peers[0]} / {other}", [a / b for a, b in pairs], "x"))
+        rows.append((f"{peers[0]} / {other}", [a / b for a, b in pairs], "×"))
     return [
         {
             "what": what,
@@ -190,50 +183,11 @@ def results(figures: dict[str, list[float]], peers: list[str], unit: str) -> lis
     ]
 
 
-def versions(*packages: str) -> dict[str, str]:
-    """Their versions by name."""
-    return {package: importlib.metadata.version(package) for package in packages}
-
-
-def cpu_model() -> str:
-    """The processor by the name its maker gives it."""
-    try:
-        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()
-
-
-def machine() -> str:
-    """Processor, cores and memory; no name of the machine."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{os.cpu_count()} cores of {cpu_model()}, {memory:.0f} GiB, {platform.system()}"
-
-
-def command() -> str:
-    """What was typed, without the paths of this machine."""
-    words = ["PATH" if Path(word).exists() else word for word in sys.argv[1:]]
-    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
-
-
-def show(record: dict[str, Any]) -> None:
+def show(measured: dict[str, Any]) -> None:
     """Print a record for people."""
-    print(f"{record['machine']}, {record['threads']} threads, {record['rounds']} rounds")
-    for row in record["results"]:
-        print(
-            f"{row['what']:44} {row['value']:12,.2f} {row['unit']:9} "
-            f"({row['low']:,.2f} to {row['high']:,.2f})"
-        )
-    print(
-        f"foreign CPU {record['foreign_cpu']:.1%} (limit {FOREIGN_LIMIT:.0%}), "
-        f"witness {record['witness']:.2f} (limit {STEADY})"
-    )
-
-
-def write(record: dict[str, Any]) -> Path:
-    """Write the record as records/NAME-CPU-DATE.json."""
-    cpu = re.sub(r"[^a-z0-9]+", "-", cpu_model().lower()).strip("-")
-    RECORDS.mkdir(exist_ok=True)
-    path = RECORDS / f"{record['name']}-{cpu}-{datetime.date.today().isoformat()}.json"
-    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    return path
+    print(f"{measured['machine']}, {measured['threads']} threads, {measured['rounds']} rounds")
+    for row in measured["results"]:
+        value, low, high = (f"{row[name]:,.2f}" for name in ("value", "low", "high"))
+        print(f"{row['what']:40} {value:>12} {row['unit']:9} ({low} to {high})")
+    print(f"foreign CPU {measured['foreign_cpu']:.1%}, at most {FOREIGN_LIMIT:.0%}")
+    print(f"slowest over fastest matrix product {measured['steady']}, at least {STEADY_LIMIT}")

@@ -14,7 +14,7 @@ from octavo.model.gpt import GPT
 
 
 def to_nanogpt(model: GPT, clone: Path) -> nn.Module:
-    """A GPT of nanoGPT's model.py, read from a clone of its repository, with ``model``'s weights."""
+    """The GPT of model.py in a clone of nanoGPT, with ``model``'s weights."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", clone / "model.py")
     assert spec is not None
     assert spec.loader is not None

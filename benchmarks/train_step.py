@@ -17,32 +17,34 @@ from pathlib import Path
 from typing import Any
 
 import peers
-from measure import Work, measure, options, timed, versions
+from measure import Work, measure, options, timed
+from record import versions
 
-STEPS_A_ROUND, STEPS_CHECKED = 100, 10
+STEPS_A_ROUND, STEPS_CHECKED = 50, 10
 LR, BETAS, DECAY, CLIP = 1e-3, (0.9, 0.99), 0.1, 1.0
 
 
 def learner() -> Any:
-    """Our learner as `octavo train` builds it, with a text of 65 random characters."""
+    """Our learner as `octavo train` builds it, with a text of random characters."""
     import torch
 
-    from octavo.config import load_config
+    from octavo.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
     from octavo.training.display import Display
     from octavo.training.learner import build_learner
     from octavo.training.task import prepare
 
-    model = "block_size=64 n_layer=4 n_head=4 d_model=128 position=learned norm=layernorm mlp=gelu"
-    optim = f"lr={LR} betas={list(BETAS)} weight_decay={DECAY} grad_clip={CLIP} warmup=0"
-    words = [f"model.{word}" for word in model.split()] + ["optim.schedule=constant"]
-    words += [f"optim.{word}" for word in optim.replace(", ", ",").split()]
-    words += ["train.micro_batch_size=12", "train.max_steps=1000000", "train.compile=false"]
-    words += ["data.tokenizer=char", "data.val_fraction=0.1", "train.device=cpu"]
-    characters = [chr(ord("!") + i) for i in range(65)]
+    shape = {"block_size": 64, "n_layer": 4, "n_head": 4, "d_model": 128}
+    optim = {"lr": LR, "betas": BETAS, "weight_decay": DECAY, "grad_clip": CLIP}
+    characters = [chr(ord("!") + i) for i in range(65)]  # as many as Tiny Shakespeare's
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "text.txt"
-        text.write_text("".join(random.Random(1337).choices(characters, k=500_000)))
-        config = load_config(None, [*words, f"data.source={text}"])
+        text.write_text("".join(random.Random(1337).choices(characters, range(1, 66), k=500_000)))
+        config = Config(
+            model=ModelConfig(**shape, position="learned", norm="layernorm", mlp="gelu"),
+            data=DataConfig(source=str(text), tokenizer="char"),
+            optim=OptimConfig(**optim, warmup=0, schedule="constant"),
+            train=TrainConfig(micro_batch_size=12, max_steps=10**6, compile=False, device="cpu"),
+        )
         task = prepare(config, "cpu", Path(folder) / "run")
     return build_learner(task, torch.device("cpu"), Display(quiet=True))
 
@@ -88,7 +90,7 @@ def transformers_work() -> Work:
 
 
 def stepper(ours: Any, model: Any, optimizer: Any, loss: Callable[..., Any]) -> Callable[[], float]:
-    """One optimizer step after the other on our batches; each call gives the loss before its own."""
+    """One optimizer step a call, on our batches; gives the loss before it."""
     import torch
 
     batch, done = ours.task.config.train.batch_size, 0

@@ -237,7 +237,7 @@ def test_interactive_in_a_terminal_where_ctrl_c_stops_the_text_only(run, folder)
     read_until(b"> ")
     os.write(leader, b"She sells\n")
     read_until(b"She sells\r\n")
-    time.sleep(1)
+    assert select.select([leader], [], [], 60)[0]  # it has begun to write
     os.killpg(process.pid, signal.SIGINT)
     read_until(b"[stopped]")
     read_until(b"> ")

@@ -92,7 +92,7 @@ class Run:
     @classmethod
     def find(cls, path: Path) -> "Run | None":
         """Like `open`, but None where there is no run."""
-        if not path.is_dir():
+        if not disk.exists(path) or not path.is_dir():
             return None
         if disk.exists(path / "config.yaml"):
             return cls(path)

@@ -41,6 +41,21 @@ def test_only_files_of_gpt2s_kind_go_through_tiktoken(change, spec, hard_texts):
             assert ours.encode(hard_texts[name]) == theirs.encode(hard_texts[name]).ids
 
 
+def test_bytes_with_something_in_front_are_no_plain_bytes(tokenizers, tmp_path):
+    tokenizers["byte"].save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    spec = json.loads(path.read_text(encoding="utf-8"))
+    spec["pre_tokenizer"]["add_prefix_space"] = True
+    assert Tokenizer(spec).encode("a") == list(b" a")
+
+
+def test_characters_that_are_changed_first_are_not_supported(tokenizers, tmp_path):
+    tokenizers["char"].save(tmp_path)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    with pytest.raises(DataError, match="decoder"):
+        Tokenizer(spec | {"normalizer": {"type": "Lowercase"}})
+
+
 def test_byte_characters_are_the_librarys_alphabet():
     from tokenizers.decoders import ByteLevel as Decoder
     from tokenizers.pre_tokenizers import ByteLevel

@@ -50,8 +50,9 @@ class Tokenizer:
         self.kind: Literal["char", "byte", "bpe"] = "bpe"
         if self._layout == "char":
             self.kind = "char"
-        elif not spec["model"]["merges"] and self._tokens[:256] == [bytes([b]) for b in range(256)]:
-            self.kind = "byte"
+        elif self._tokens[:256] == [bytes([byte]) for byte in range(256)]:
+            plain = not spec["model"]["merges"] and tokenizer_json.is_gpt2_kind(spec)
+            self.kind = "byte" if plain else "bpe"
         self.vocab_size = len(self._tokens)
         self.eot_id = next((self._special[n] for n in END_NAMES if n in self._special), None)
 

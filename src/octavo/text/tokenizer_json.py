@@ -96,7 +96,7 @@ def layout(spec: Spec) -> Literal["char", "byte-level", "sentencepiece"]:
     steps = {step["type"] for step in decoder.get("decoders", [decoder])} if decoder else set()
     if "ByteLevel" in steps:
         return "byte-level"
-    if steps == {"Fuse"} and not model["merges"] and not spec["pre_tokenizer"]:
+    if steps == {"Fuse"} and not (model["merges"] or spec["pre_tokenizer"] or spec["normalizer"]):
         return "char"
     if steps & {"ByteFallback", "Metaspace"}:
         return "sentencepiece"

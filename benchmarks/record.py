@@ -1,0 +1,49 @@
+"""A record: what was measured, on what, how. It names no host and no path of the machine."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+RECORDS = Path(__file__).parent / "records"
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Python's version and theirs, by name."""
+    found = {package: importlib.metadata.version(package) for package in packages}
+    return {"python": platform.python_version(), **found}
+
+
+def cpu_model() -> str:
+    """The processor by the name its maker gives it."""
+    try:
+        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def machine() -> str:
+    """Processor, cores and memory; no name of the machine."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{os.cpu_count()} cores of {cpu_model()}, {memory:.0f} GiB, {platform.system()}"
+
+
+def command() -> str:
+    """What was typed, without the paths of this machine."""
+    words = [re.sub(r"[^=]*[/\\\\].*", "PATH", word) for word in sys.argv[1:]]
+    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
+
+
+def write(record: dict[str, Any]) -> Path:
+    """Write the record as records/NAME-CPU-DATE.json."""
+    cpu = re.sub(r"[^a-z0-9]+", "-", cpu_model().lower()).strip("-")
+    RECORDS.mkdir(exist_ok=True)
+    path = RECORDS / f"{record['name']}-{cpu}-{datetime.date.today().isoformat()}.json"
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return path
