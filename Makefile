@@ -1,6 +1,7 @@
 # What one types. It all happens in .venv, which scripts/setup.sh makes and keeps up to date.
 .DEFAULT_GOAL := help
-.PHONY: help run test check faults wheel clean
+.PHONY: help run test check faults bench wheel clean
+NANOGPT ?= nanoGPT
 MAKEFLAGS += --no-print-directory
 
 help:  ## this page
@@ -26,6 +27,12 @@ check:  ## what a change must pass: format, lint, types, packaging, then the tes
 faults:  ## only the tests that kill runs, fill disks and flip bits
 	@bash scripts/setup.sh dev
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests/faults
+
+bench:  ## octavo beside its peers, recorded: make bench NANOGPT=path/to/nanoGPT
+	@bash scripts/setup.sh dev
+	.venv/bin/python benchmarks/train_step.py --nanogpt "$(NANOGPT)" --record
+	.venv/bin/python benchmarks/decode.py --nanogpt "$(NANOGPT)" --record
+	.venv/bin/python benchmarks/tables.py
 
 wheel:  ## the wheel and the source archive, in dist/
 	@bash scripts/setup.sh dev

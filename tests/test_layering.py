@@ -23,8 +23,9 @@ FLOORS = {
     "reporting": 10,
     "training": 11,
     "studies": 12, "explaining": 12, "serving": 12,
-    "cli": 13,
-    "__init__": 14, "__main__": 14,
+    "commands": 13,
+    "cli": 14,
+    "__init__": 15, "__main__": 15,
 }  # fmt: skip
 # The way from `octavo generate` to a written token: torch is imported in functions or not at all.
 TORCH_FREE = (

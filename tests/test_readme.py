@@ -20,10 +20,15 @@ FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 MARKDOWN = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 
 
-def commands(readme: str, program: str) -> list[list[str]]:
-    """The words after ``program`` on each line of a fenced block that begins with it or with $."""
+def code(readme: str) -> list[str]:
+    """What README types: each line of its fenced blocks, and each `piece of code` in its prose."""
     lines = [line for _, block in FENCED.findall(readme) for line in block.splitlines()]
-    typed = [re.sub(r"^\$ ", "", line) for line in lines]
+    return lines + re.findall(r"`([^`\n]+)`", FENCED.sub("", readme))
+
+
+def commands(readme: str, program: str) -> list[list[str]]:
+    """The words after ``program`` wherever README types it, with or without a $ before it."""
+    typed = [re.sub(r"^\$ ", "", line) for line in code(readme)]
     return [
         shlex.split(line, comments=True)[1:] for line in typed if line.startswith(program + " ")
     ]
@@ -51,13 +56,18 @@ def test_every_option_of_every_command_exists(readme: str, help_page: Callable[[
     assert shown, "README shows no command"
     for command, *words in shown:
         for word in words:
-            option = re.match(r"--[\w-]+", word)
-            if option and "." not in word:
+            if option := re.fullmatch(r"(--[\w-]+)(=.*)?", word):
                 known = re.findall(r"--[\w-]+", help_page(command))
-                assert option[0].replace("_", "-") in known, f"octavo {command} has no {option[0]}"
-            elif setting := re.fullmatch(r"(?:--)?(\w+)\.(\w+)=.*", word):
-                section, name = setting.groups()
-                assert name in SECTIONS[section].__dataclass_fields__, f"no setting {word}"
+                assert option[1].replace("_", "-") in known, f"octavo {command} has no {option[1]}"
+
+
+def test_every_setting_exists(readme: str):
+    words = [word for line in code(readme) for word in line.split()]
+    named = [found.groups() for w in words if (found := re.match(r"(?:--)?(\w+)\.(\w+)=", w))]
+    assert named, "README shows no setting"
+    for section, name in named:
+        assert section in SECTIONS, f"no section {section}"
+        assert name in SECTIONS[section].__dataclass_fields__, f"no setting {section}.{name}"
 
 
 def test_every_target_of_make_exists(readme: str):

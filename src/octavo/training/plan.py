@@ -6,7 +6,7 @@ from octavo.config import Config
 from octavo.model.counts import cache_bytes, count_parameters, flops_per_token
 from octavo.training.task import Task
 
-BYTES_TRAINING = 16  # fp32 weight, gradient and AdamW's two averages, for each parameter
+BYTES_A_PARAMETER = 16  # fp32 weight, gradient and AdamW's two averages, for each parameter
 TOKENS_A_PARAMETER = 20  # Hoffmann et al. 2022: where compute is best spent
 
 
@@ -23,10 +23,10 @@ class Plan:
     tokens_a_parameter: float
     flops_a_token: int
     training_flops: float
-    weights_on_disk: int
-    checkpoint_on_disk: int
-    training_state: int
-    kv_cache: int
+    weights_bytes: int
+    checkpoint_bytes: int
+    training_state_bytes: int
+    kv_cache_bytes: int
     remarks: list[str]
 
 
@@ -48,10 +48,10 @@ def make_plan(task: Task) -> Plan:
         tokens_a_parameter=tokens_in_all / count.total,
         flops_a_token=flops,
         training_flops=3.0 * flops * tokens_in_all,
-        weights_on_disk=4 * count.total,
-        checkpoint_on_disk=12 * count.total,
-        training_state=BYTES_TRAINING * count.total,
-        kv_cache=cache_bytes(config.model),
+        weights_bytes=4 * count.total,
+        checkpoint_bytes=12 * count.total,
+        training_state_bytes=BYTES_A_PARAMETER * count.total,
+        kv_cache_bytes=cache_bytes(config.model),
         remarks=_remarks(config, epochs, task.data["tokens"] / count.total),
     )
 

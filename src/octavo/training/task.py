@@ -83,8 +83,16 @@ def read_request(words: list[str], settings: list[str]) -> Request:
 
 def find_recipe(name: str) -> Path:
     """A configuration by path, or one of the recipes that come with octavo by its file name."""
-    path, shipped = Path(name), Path(octavo.__file__).parent / "configs" / name
-    return shipped if not path.exists() and shipped.is_file() else path
+    package = Path(octavo.__file__).parent
+    # In the wheel the recipes lie in the package, in a clone beside src.
+    places = [Path(name), package / "configs" / name, package.parents[1] / "configs" / name]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        recipes = sorted(path.name for place in places[1:] for path in place.parent.glob("*.yaml"))
+        raise ConfigError(
+            f"there is no configuration {name}", fix=f"octavo comes with {', '.join(recipes)}"
+        )
+    return found
 
 
 def _name_of(text: str) -> str:

@@ -1,0 +1,60 @@
+"""`octavo generate`: let a model write."""
+
+from argparse import Namespace
+
+from octavo.commands.shared import Option, one_run
+
+WORDS = "RUN"
+TAKES_SETTINGS = False
+PAGE = """\
+Let a model write: prints the continuation of the prompt and nothing else.
+
+  octavo generate runs/my --prompt "The "
+  octavo generate runs/my --prompt "The " --temperature 0.8 --top-p 0.9 --stop "."
+  octavo generate runs/my --preset greedy --max-new-tokens 50
+  octavo generate runs/my --interactive
+
+Without RUN the newest one under runs/ is taken. The same seed writes the same text.
+Presets: conservative (temperature 0.6, top-k 40), nucleus (0.8, top-p 0.9), greedy."""
+SAMPLING: dict[str, tuple[type, str]] = {
+    "temperature": (float, "flatter above 1, sharper below; 0 is greedy"),
+    "top_k": (int, "keep the K likeliest tokens; 0 keeps all"),
+    "top_p": (float, "keep the likeliest tokens that together reach this probability"),
+    "min_p": (float, "keep tokens at least this share as likely as the likeliest"),
+    "typical_p": (float, "keep the tokens closest to the expected surprise"),
+    "repetition_penalty": (float, "above 1 makes tokens already there less likely"),
+    "presence_penalty": (float, "subtracted once from tokens already written"),
+    "frequency_penalty": (float, "subtracted for each time a token was written"),
+    "seed": (int, "same seed, same text"),
+}
+
+
+def add_options(option: Option) -> None:
+    """What may be typed besides the words."""
+    option("--prompt", metavar="TEXT", help="what to write on from; default: begin a new text")
+    option("--max-new-tokens", "--max-tokens", type=int, default=200, metavar="N", help="length")
+    option(
+        "--preset", metavar="P", help="conservative, nucleus or greedy; what follows wins over it"
+    )
+    for name, (kind, meaning) in SAMPLING.items():
+        option("--" + name.replace("_", "-"), type=kind, metavar="X", help=meaning)
+    option("--stop", action="append", default=[], metavar="S", help="end before S; may be repeated")
+    option("--n", type=int, default=1, metavar="K", help="write K texts")
+    option("--stream", action="store_true", help="print as it is written; a terminal always does")
+    option("--interactive", action="store_true", help="prompt after prompt; Ctrl-D ends")
+    option("--device", default="auto", metavar="D", help="cuda, mps, cpu or auto")
+    option("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: Namespace, settings: list[str]) -> None:
+    """Do it."""
+    from octavo.generating.terminal import talk, write_out
+    from octavo.language_model import load
+
+    lm = load(one_run(args.words), device=args.device)
+    sampling = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+    options = {"max_new_tokens": args.max_new_tokens, "stop": args.stop, "preset": args.preset}
+    if args.interactive:
+        talk(lm, options | sampling)
+    else:
+        write_out(lm, args.prompt, args.n, options | sampling, args.stream, args.json)

@@ -1,0 +1,50 @@
+"""`octavo train`: learn from a text, or go on with a run."""
+
+import shlex
+from argparse import Namespace
+
+from octavo.commands.shared import Option
+
+WORDS = "CONFIG.yaml | TEXT... | RUN"
+TAKES_SETTINGS = True
+PAGE = """\
+Learn from a text, or go on with a run.
+
+  octavo train my.txt                             a model of your own text, in runs/my
+  octavo train notes/ 'more/*.md' book.txt        folders, globs and several files
+  octavo train posts.jsonl data.field=text        a field of .jsonl or .csv
+  cat *.txt | octavo train -                      standard input
+  octavo train shakespeare                        a corpus by name: python-docs, shakespeare
+  octavo train quickstart.yaml train.max_steps=500 --out runs/short
+  octavo train runs/my --resume                   go on where it was stopped
+
+A configuration names only what differs from the defaults below; a text named here wins over the
+configuration's. Ctrl-C saves and exits with code 75. The run directory holds report.html."""
+
+
+def add_options(option: Option) -> None:
+    """What may be typed besides the words."""
+    option("--out", metavar="RUN", help="the run directory to write; default: runs/NAME")
+    option("--resume", action="store_true", help="go on with the run that is there")
+    option("--config", metavar="FILE", help="the same as naming CONFIG.yaml")
+    option("--wandb-project", metavar="P", help="log to W&B: log.to=[wandb] log.project=P")
+    option("--wandb-run-name", metavar="R", help="log.run_name=R")
+    option("--quiet", action="store_true", help="print nothing but errors")
+
+
+def run(args: Namespace, settings: list[str]) -> None:
+    """Do it."""
+    if args.wandb_project:
+        settings += ["log.to=[wandb]", f"log.project={args.wandb_project}"]
+    if args.wandb_run_name:
+        settings.append(f"log.run_name={args.wandb_run_name}")
+    from octavo.training.loop import train
+    from octavo.training.task import read_request
+
+    request = read_request([*args.words, *([args.config] if args.config else [])], settings)
+    out = request.directory(args.out, args.resume)
+    resume = args.resume or request.run is not None
+    result = train(request.config, out, resume=resume, quiet=args.quiet)
+    if not args.quiet:
+        print(f"report: {result.run / 'report.html'}")
+        print(f"write:  octavo generate {shlex.quote(str(result.run))} --max-new-tokens 300")
