@@ -45,7 +45,7 @@ def help_page(capsys: pytest.CaptureFixture[str]) -> Callable[[str], str]:
     def read(command: str) -> str:
         with pytest.raises(SystemExit) as ended:
             cli.main([command, "--help"])
-        assert ended.value.code == 0, f"octavo {command} is no command"
+        assert ended.value.code == 0
         return capsys.readouterr().out
 
     return read
@@ -55,6 +55,7 @@ def test_every_option_of_every_command_exists(readme: str, help_page: Callable[[
     shown = commands(readme, "octavo")
     assert shown, "README shows no command"
     for command, *words in shown:
+        assert command in cli.COMMANDS, f"octavo has no command {command}"
         for word in words:
             if option := re.fullmatch(r"(--[\w-]+)(=.*)?", word):
                 known = re.findall(r"--[\w-]+", help_page(command))

@@ -136,6 +136,10 @@ class LanguageModel:
                 rows[piece.row].append(piece.id)
         return rows
 
+    def make_ready(self) -> None:
+        """Load now what the first text would load, so that it begins at once."""
+        self._engine(1)
+
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits (T, V) after each of ``ids`` (T,), fp32; the text must fit block_size."""
         import torch

@@ -32,6 +32,7 @@ def talk(lm: Any, options: Mapping[str, Any]) -> None:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - its import gives `input` editing and history
     watched = sys.stdin.isatty()
+    lm.make_ready()
     if watched:
         print("write a prompt and press Enter; Ctrl-C stops a text, Ctrl-D ends")
     while True:

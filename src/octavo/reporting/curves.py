@@ -137,7 +137,7 @@ def draw_panel(ax: "Axes", panel: Panel, events: Sequence[Event]) -> bool:
     noisy = panel.key != "lr" and len(values) >= 20
     if noisy:
         ax.plot(*thin(steps, values), color=SKY, alpha=0.6, linewidth=0.8, label="train")
-    mean = moving_mean(values, len(values) // 50) if noisy else values
+    mean = moving_mean(values, max(len(values) // 50, 2)) if noisy else values
     ax.plot(*thin(steps, mean), color=BLUE, label="train, smoothed" if noisy else "train")
     drawn = np.isfinite(values).any()
     if panel.key == "loss":
