@@ -247,7 +247,7 @@ def test_interactive_in_a_terminal_where_ctrl_c_stops_the_text_only(run, folder)
 
 def test_a_pipe_that_closes_early_is_no_error(run, folder):
     command = (
-        f"{sys.executable} -m octavo generate runs/sea --max-new-tokens 2000 --stream | head -c 5"
+        f'"{sys.executable}" -m octavo generate runs/sea --max-new-tokens 2000 --stream | head -c 5'
     )
     done = subprocess.run(["sh", "-c", command], cwd=folder, capture_output=True, check=True)
     assert (len(done.stdout), done.stderr) == (5, b"")

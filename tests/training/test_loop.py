@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -330,7 +331,9 @@ def test_wandb_offline_gets_the_numbers_and_no_network(text, tmp_path, monkeypat
     settings = ("log.to=[wandb]", "log.project=sea", "log.run_name=shells")
     train(config(text, *settings), tmp_path / "run", quiet=True)
     (session,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
-    recorded = session.read_bytes()
+    deadline = time.monotonic() + 30
+    while b"train/loss" not in (recorded := session.read_bytes()) and time.monotonic() < deadline:
+        time.sleep(0.05)  # a process of W&B's own writes, and may still do so after finish()
     assert b"train/loss" in recorded
     assert b"shells" in recorded
 
