@@ -10,7 +10,7 @@ help:  ## this page
 run:  ## train a small model on real text for about two minutes, then let it write
 	@bash scripts/setup.sh viz
 	.venv/bin/octavo train configs/quickstart.yaml --out runs/quickstart --resume
-	.venv/bin/octavo generate runs/quickstart --prompt "The " --max-new-tokens 200
+	.venv/bin/octavo generate runs/quickstart --prompt "The " --preset nucleus --max-new-tokens 300
 
 test:  ## the tests, a few minutes on two cores
 	@bash scripts/setup.sh dev

@@ -46,5 +46,7 @@ def run(args: Namespace, settings: list[str]) -> None:
     resume = args.resume or request.run is not None
     result = train(request.config, out, resume=resume, quiet=args.quiet)
     if not args.quiet:
-        print(f"report: {result.run / 'report.html'}")
-        print(f"write:  octavo generate {shlex.quote(str(result.run))} --max-new-tokens 300")
+        run = shlex.quote(str(result.run))
+        print(f"curves and samples:  {result.run / 'report.html'}")
+        print(f"let it write:        octavo generate {run} --preset nucleus --stream")
+        print("your own text next:  octavo train my.txt")
