@@ -1,7 +1,7 @@
 """What finished runs of one recipe reached: the last validation of each and their mean.
 
-    for seed in 1 2 3; do octavo train nanogpt-char.yaml train.seed=$seed --out runs/$seed; done
-    python benchmarks/final_loss.py nanogpt-char runs/1 runs/2 runs/3 --record
+for seed in 1 2 3; do octavo train nanogpt-char.yaml train.seed=$seed --out runs/$seed; done
+python benchmarks/final_loss.py nanogpt-char runs/1 runs/2 runs/3 --record
 """
 
 import argparse
