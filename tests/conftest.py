@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import sys
 from pathlib import Path
 
@@ -12,6 +13,10 @@ os.environ["MPLBACKEND"] = "Agg"
 import hypothesis
 import numpy as np
 import pytest
+
+# A shell that runs the tests in its background makes them ignore Ctrl-C, and all they start with
+# them; a handler of one's own, unlike ignoring, is not inherited.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 hypothesis.settings.register_profile("octavo", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("octavo")
