@@ -70,7 +70,7 @@ class Run:
         where the file system refuses.
         """
         path = Path(path)
-        _refuse_occupied(path)
+        refuse_occupied(path)
         target = Path(os.path.realpath(path))
         with disk.errors(f"create the run {path}"), disk.scratch(target.parent, "run") as temp:
             for name, data in {"config.yaml": to_yaml(config).encode(), **(files or {})}.items():
@@ -303,6 +303,11 @@ class Checkpoint:
             return read_tensors(verified(self.path, self.manifest, name), framework, device)
 
 
+def weights_sha256(checkpoint: Path) -> str:
+    """The SHA-256 of a checkpoint's weights, as its manifest has it."""
+    return read_manifest(checkpoint).files[MODEL]["sha256"]
+
+
 def newest_run(folder: Path | str) -> Path | None:
     """The run in ``folder`` that was saved last; None where none has been."""
     saved = Path(folder).glob("*/checkpoints/step-*")
@@ -310,7 +315,7 @@ def newest_run(folder: Path | str) -> Path | None:
     return newest.parent.parent if newest else None
 
 
-def _refuse_occupied(path: Path) -> None:
+def refuse_occupied(path: Path) -> None:
     """Raise unless ``path`` is free for a new run: nothing there, or an empty directory."""
     if not disk.exists(path) or (path.is_dir() and not any(path.iterdir())):
         return

@@ -27,6 +27,8 @@ usage: octavo COMMAND ...        octavo COMMAND --help        octavo --version
   generate  RUN --prompt TEXT             let a model write
   eval      RUN                           how surprised is it by a text
   plan      CONFIG.yaml | TEXT...         what a run will cost, before it begins
+  finetune  RUN TEXT...                   teach a model something more, with adapters or whole
+  merge     RUN --out RUN                 one plain model of a base and its adapter
 
 begin with
   octavo train my.txt                     a model of your own text, in runs/my

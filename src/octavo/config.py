@@ -176,7 +176,12 @@ class DataConfig(Group, path="data"):
     """A corpus by name (python-docs, shakespeare), files, folders, globs, or - for standard input;
     null: data/input.txt where it exists, else python-docs."""
     field: str | None = None
-    """The field that holds the text in .jsonl and .csv files."""
+    """The field that holds the text in .jsonl and .csv files; null: text."""
+    kind: Literal["text", "completion", "chat", "labels"] = "text"
+    """text: learn all of it; completion: {prompt, completion}, learn what follows the prompt;
+    chat: {messages}, learn the assistant's turns; labels: {text, label}, learn the label."""
+    fields: list[str] | None = None
+    """What a record's fields are called, in that order, where it is something else."""
     tokenizer: str = "auto"
     """char, byte, gpt2, bpe (trained on this text) or a tokenizer.json; auto: char below 5 MB of
     text, bpe above."""
@@ -298,11 +303,41 @@ class LogConfig(Group, path="log"):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig(Group, path="lora"):
+    """Low-rank adapters beside frozen weights (Hu et al. 2021); `octavo finetune` sets them."""
+
+    rank: Whole = 0
+    """Width of the adapters; 0: none."""
+    alpha: Positive = 16.0
+    """An adapter counts alpha / rank times."""
+    dropout: Dropout = 0.0
+    """On what goes into the adapters."""
+    targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
+    """The linear layers that get one, by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(Group, path="finetune"):
+    """Where a run begins that does not begin from random weights."""
+
+    base: str | None = None
+    """The run whose weights this one begins with."""
+    base_sha256: str = ""
+    """SHA-256 of those weights: an adapter belongs to no others."""
+    head_only: bool = False
+    """Train a classifier's head and nothing else."""
+    labels: list[str] = field(default_factory=list)
+    """A classifier's labels, sorted; found in the data."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config(Group):
     """A whole run's settings: what ``config.yaml`` holds."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

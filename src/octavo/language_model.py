@@ -7,13 +7,13 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from octavo.checkpoint import Run
-from octavo.config import ModelConfig
-from octavo.errors import ConfigError
+from octavo.checkpoint import Run, weights_sha256
+from octavo.config import FinetuneConfig, ModelConfig
+from octavo.errors import CheckpointError, ConfigError
 from octavo.generating.sampling import PRESETS, Sampling
 from octavo.generating.writing import Piece, write
 from octavo.text.tokenizer import Tokenizer
@@ -21,6 +21,7 @@ from octavo.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     import torch
 
+    from octavo.adapting.classify import Prediction
     from octavo.evaluating.perplexity import Score
     from octavo.generating.engine import TorchEngine
     from octavo.model.gpt import GPT
@@ -28,11 +29,12 @@ if TYPE_CHECKING:
 LARGEST_BATCH = 16  # rows written side by side
 
 
-def load(path: Path | str, device: str = "auto") -> "LanguageModel":
+def load(path: Path | str, device: str = "auto", base: Path | str | None = None) -> "LanguageModel":
     """Load a run directory, one of its checkpoints, or a Hugging Face model directory.
 
-    A run gives its best checkpoint if it has been validated, else its latest. Raises `ConfigError`
-    where ``path`` is none of these and `CheckpointError` where a file is damaged.
+    A run gives its best checkpoint if it has been validated, else its latest. An adapter's base is
+    found by the path in its run, or at ``base`` if it was moved. Raises `ConfigError` where
+    ``path`` is none of these and `CheckpointError` where a file is damaged or the base another.
     """
     path = Path(path)
     if (path / "config.json").is_file():
@@ -48,8 +50,35 @@ def load(path: Path | str, device: str = "auto") -> "LanguageModel":
         raise ConfigError(
             f"{path} holds no checkpoint yet", fix=f"train it: octavo train {path} --resume"
         )
-    return LanguageModel(
+    lm = LanguageModel(
         run.config.model, run.tokenizer, run=run, checkpoint=checkpoint, device=device
+    )
+    finetune = run.config.finetune
+    if finetune.base and (run.config.lora.rank or finetune.head_only):
+        lm.base = load_base(finetune, base)
+    return lm
+
+
+def load_base(finetune: FinetuneConfig, moved: Path | str | None = None) -> "LanguageModel":
+    """The model that a fine-tuned run begins with, with exactly the weights it began with."""
+    path = Path(moved or finetune.base or "")
+    run = Run.find(path)
+    if run is None:
+        raise ConfigError(
+            f"the base {path} is not there", fix="say where it is with --base RUN, or base=RUN"
+        )
+    wanted = finetune.base_sha256
+    candidates = [found for found in (run.best, run.latest, *run.checkpoints) if found]
+    hashes = {found: weights_sha256(found) for found in candidates}
+    for checkpoint, sha256 in hashes.items():
+        if sha256 == wanted or not wanted:
+            return LanguageModel(
+                run.config.model, run.tokenizer, run=run, checkpoint=checkpoint, device="cpu"
+            )
+    raise CheckpointError(
+        f"this was trained on a base with the SHA-256 {wanted}",
+        f"{path} has {', '.join(hashes.values()) or 'no checkpoint'}",
+        "name the right base with --base RUN, or base=RUN",
     )
 
 
@@ -68,19 +97,20 @@ class LanguageModel:
         """Give either a ``model`` or the ``run`` and ``checkpoint`` it is read from when needed."""
         self.config, self.run, self.checkpoint, self.device = config, run, checkpoint, device
         self._tokenizer = tokenizer
+        self.base: LanguageModel | None = None
         if model is not None:
             self.model = model.eval()
 
     @cached_property
     def model(self) -> "GPT":
-        """The PyTorch module, in evaluation mode."""
-        from octavo.model.gpt import GPT
+        """The PyTorch module, in evaluation mode; a `Classifier` where a run sorts texts."""
+        from octavo.adapting.assemble import assemble, load_trained
 
         assert self.run is not None
         assert self.checkpoint is not None
-        model = GPT(self.config)
-        model.load_state_dict(self.run.load(self.checkpoint).model_tensors())
-        return model.to(choose_device(self.device)).eval()
+        model = assemble(self.run.config, self.base.model if self.base else None)
+        load_trained(model, self.run.load(self.checkpoint).model_tensors())
+        return cast("GPT", model.to(choose_device(self.device)).eval())
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -140,6 +170,19 @@ class LanguageModel:
         """Load now what the first text would load, so that it begins at once."""
         self._engine(1)
 
+    def classify(self, texts: Sequence[str]) -> "list[Prediction]":
+        """The likeliest label of each text and the probability of every label.
+
+        Raises `ConfigError` for a model that writes.
+        """
+        from octavo.adapting.classify import Classifier, classify
+
+        if not isinstance(self.model, Classifier):
+            raise ConfigError(
+                "this model writes, it has no labels", fix="octavo finetune RUN DATA.csv --labels"
+            )
+        return classify(self.model, self.tokenizer, texts)
+
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits (T, V) after each of ``ids`` (T,), fp32; the text must fit block_size."""
         import torch
@@ -183,8 +226,13 @@ class LanguageModel:
         return write(engine, self.tokenizer, ids, settings, max_new_tokens, list(stop), n)
 
     def _engine(self, rows: int) -> "TorchEngine":
+        from octavo.adapting.classify import Classifier
         from octavo.generating.engine import TorchEngine
 
+        if isinstance(self.model, Classifier):
+            raise ConfigError(
+                "this model sorts texts, it does not write", fix="octavo eval RUN, or .classify"
+            )
         vocab = self._tokenizer.vocab_size if self._tokenizer else self.config.vocab_size
         return TorchEngine(self.model, slots=min(rows, LARGEST_BATCH), vocab=vocab)
 

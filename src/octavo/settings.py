@@ -53,6 +53,9 @@ ALIASES: dict[str, dict[str, str]] = {
     "advanced": {
         "gradient_checkpointing": "train.grad_checkpoint",
         "compile": "train.compile",
+        "use_lora": "lora.rank",  # true: as wide as lora_rank says
+        "lora_rank": "lora.rank",
+        "lora_alpha": "lora.alpha",
     },
 }
 VALUE_ALIASES = {"mlp": {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}}
@@ -71,7 +74,7 @@ def canonical(
     for section, values in settings.items():
         if section not in names:
             raise unknown_key("", section, names, where)
-        for name, value in _group(section, values, where).items():
+        for name, value in _lora_switch(_group(section, values, where)).items():
             if name not in names[section]:
                 raise unknown_key(section, name, names, where)
             target = ALIASES.get(section, {}).get(name, f"{section}.{name}")
@@ -259,6 +262,14 @@ def _group(name: str, values: Any, where: str) -> Mapping[Any, Any]:
             f"write '{name}.NAME=VALUE', or '{name}: {{NAME: VALUE}}' in YAML",
         )
     return values or {}
+
+
+def _lora_switch(values: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """S2 says whether and how wide its adapters are in two settings, we in one."""
+    if not isinstance(values.get("use_lora"), bool):
+        return values
+    rest = {name: value for name, value in values.items() if name != "use_lora"}
+    return rest | {"lora_rank": rest.get("lora_rank", 8) if values["use_lora"] else 0}
 
 
 def _canonical_value(key: str, value: Any) -> Any:

@@ -117,7 +117,7 @@ def _widened(name: str, old: Tensor, fresh: Tensor, config: ModelConfig) -> Tens
 
 
 def _regrouped(old: Tensor, config: ModelConfig) -> Tensor:
-    """Key or value heads (K E, ...) for another K: each new one is the mean of its queries' old ones.
+    """Key or value heads (K E, ...) for another K, each the mean of what its queries had before.
 
     Fewer heads are thereby mean-pooled (Ainslie et al. 2023); twice as many are each old one twice.
     """

@@ -37,6 +37,7 @@ class LoRALinear(nn.Module):
         self.dropout: dict[str, float] = {}
         self.weights: dict[str, float] = {}
         """How much each adapter in use counts; the others do not."""
+        self.train(base.training)
 
     def add(self, name: str, rank: int, alpha: float, dropout: float) -> None:
         """Make an adapter, fp32: B zero, A drawn as PyTorch draws the weights of linear layers."""
@@ -93,20 +94,21 @@ def add_adapter(
     Earlier adapters stay, out of use. Raises `ConfigError` for a target that is no layer, a rank
     that is none, and a name that is taken.
     """
-    _check_name(name)
+    if not re.fullmatch(r"[\w-]+", name) or hasattr(nn.ParameterDict(), name):
+        raise ConfigError(f"an adapter cannot be called {name!r}", fix="use letters and digits")
+    found = {path: layer for path, layer in linear_layers(model) if is_named(path, targets)}
     for target in targets:
-        if not any(is_named(layer, [target]) for layer, _ in linear_layers(model)):
+        if not any(is_named(path, [target]) for path in found):
             raise no_match(model, f"is called {target}")
-    for path, layer in linear_layers(model):
-        if is_named(path, targets):
-            check_layer(model, path, layer, name, rank)
+    for path, layer in found.items():
+        check_layer(model, path, layer, name, rank)
 
     def adapt(layer: nn.Module) -> LoRALinear:
         adapted = layer if isinstance(layer, LoRALinear) else LoRALinear(layer)
         adapted.add(name, rank, alpha, dropout)
         return adapted
 
-    names = swap_linear(model, lambda path, _: is_named(path, targets), adapt)
+    names = swap_linear(model, lambda path, _: path in found, adapt, "is a target")
     model.requires_grad_(False)
     use_adapters(model, {name: 1.0})
     return names
@@ -119,20 +121,19 @@ def use_adapters(model: nn.Module, weights: Mapping[str, float]) -> None:
     """
     for name in weights:
         adapted_layers(model, name)
-    for _, layer in linear_layers(model):
-        if isinstance(layer, LoRALinear):
-            layer.weights = {n: float(w) for n, w in weights.items() if n in layer.lora_A}
-            for name in layer.lora_A:
-                layer.lora_A[name].requires_grad_(name in weights)
-                layer.lora_B[name].requires_grad_(name in weights)
+    for layer in _adapted(model).values():
+        layer.weights = {name: w for name, w in weights.items() if name in layer.lora_A}
+        for name in layer.lora_A:
+            layer.lora_A[name].requires_grad_(name in weights)
+            layer.lora_B[name].requires_grad_(name in weights)
 
 
 def adapted_layers(model: nn.Module, name: str) -> dict[str, LoRALinear]:
     """The layers that have the adapter ``name``; `ConfigError` lists what there is instead."""
-    wrapped = {p: layer for p, layer in linear_layers(model) if isinstance(layer, LoRALinear)}
-    found = {path: layer for path, layer in wrapped.items() if name in layer.lora_A}
+    every = _adapted(model)
+    found = {path: layer for path, layer in every.items() if name in layer.lora_A}
     if not found:
-        known = dict.fromkeys(n for layer in wrapped.values() for n in layer.lora_A)
+        known = dict.fromkeys(other for layer in every.values() for other in layer.lora_A)
         raise ConfigError(
             f"the model has no adapter {name!r}",
             fix=f"it has: {', '.join(known)}" if known else "add one to it first",
@@ -171,17 +172,19 @@ def load_adapter_state(
 
 
 def merge(model: M) -> M:
-    """Turn every adapted layer into a plain one that holds its adapters in use; `unmerge` undoes it.
+    """Replace every adapted layer by a plain one, its adapters in use added to its weight.
 
     Raises `ConfigError` where a layer cannot take them in; then nothing is merged.
     """
-    swap_linear(model, _is_adapted, lambda layer: layer.merged(), "has an adapter to merge")
+    found = _adapted(model)
+    swap_linear(model, lambda path, _: path in found, lambda layer: layer.merged(), "is adapted")
     return model
 
 
 def unmerge(model: M) -> M:
     """Put back the layers that `merge` replaced, bit for bit."""
-    swap_linear(model, _is_merged, lambda layer: vars(layer)["unmerged"], "holds a merged adapter")
+    found = {path for path, layer in linear_layers(model) if "unmerged" in vars(layer)}
+    swap_linear(model, lambda path, _: path in found, lambda la: vars(la)["unmerged"], "is merged")
     return model
 
 
@@ -196,10 +199,11 @@ def is_named(path: str, endings: Iterable[str]) -> bool:
 
 
 def check_layer(model: nn.Module, path: str, layer: Any, name: str, rank: int) -> None:
-    """Raise `ConfigError` where the linear layer at ``path`` cannot take an adapter of this rank."""
+    """Raise `ConfigError` where the layer at ``path`` cannot take an adapter of this rank."""
     if isinstance(layer, LoRALinear) and name in layer.lora_A:
         raise ConfigError(f"{path} has an adapter {name!r} already", fix="choose another name")
-    if not 1 <= rank <= (limit := min(layer.in_features, layer.out_features)):
+    limit = min(layer.in_features, layer.out_features)
+    if not 1 <= rank <= limit:
         shape = f"it is {layer.out_features} x {layer.in_features}"
         raise ConfigError(
             f"an adapter of rank {rank} does not fit {path}", shape, f"give 1 to {limit}"
@@ -212,14 +216,5 @@ def check_layer(model: nn.Module, path: str, layer: Any, name: str, rank: int) -
         )
 
 
-def _check_name(name: str) -> None:
-    if not re.fullmatch(r"[\w-]+", name) or hasattr(nn.ParameterDict(), name):
-        raise ConfigError(f"an adapter cannot be called {name!r}", fix="use letters and digits")
-
-
-def _is_adapted(_: str, layer: nn.Module) -> bool:
-    return isinstance(layer, LoRALinear)
-
-
-def _is_merged(_: str, layer: nn.Module) -> bool:
-    return "unmerged" in vars(layer)
+def _adapted(model: nn.Module) -> dict[str, LoRALinear]:
+    return {path: la for path, la in linear_layers(model) if isinstance(la, LoRALinear)}

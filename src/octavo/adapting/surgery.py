@@ -23,8 +23,8 @@ def linear_layers(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, Any
 
 def swap_linear(
     model: nn.Module,
-    match: Callable[[str, nn.Module], bool],
-    make: Callable[[nn.Module], nn.Module],
+    match: Callable[[str, Any], bool],
+    make: Callable[[Any], nn.Module],
     wanted: str = "is what was asked for",
 ) -> list[str]:
     """Replace each linear layer that ``match``es by what ``make`` gives for it; return the names.

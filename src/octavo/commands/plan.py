@@ -21,7 +21,8 @@ def add_options(option: Option) -> None:
 def run(args: Namespace, settings: list[str]) -> None:
     """Do it."""
     from octavo.training.plan import make_plan
-    from octavo.training.task import prepare, read_request
+    from octavo.training.request import read_request
+    from octavo.training.task import prepare
 
     request = read_request(args.words, settings)
     out = request.directory(None, resume=False)

@@ -39,7 +39,7 @@ def run(args: Namespace, settings: list[str]) -> None:
     if args.wandb_run_name:
         settings.append(f"log.run_name={args.wandb_run_name}")
     from octavo.training.loop import train
-    from octavo.training.task import read_request
+    from octavo.training.request import read_request
 
     request = read_request([*args.words, *([args.config] if args.config else [])], settings)
     out = request.directory(args.out, args.resume)

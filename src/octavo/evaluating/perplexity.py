@@ -5,14 +5,10 @@ Sums are kept and divided once. Bits per byte compares models whatever their tok
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 import torch.nn.functional as F
-
-if TYPE_CHECKING:
-    from octavo.model.gpt import GPT
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -41,7 +37,7 @@ class Score:
 
 @torch.inference_mode()
 def score_windows(
-    model: "GPT",
+    model: nn.Module,
     x: np.ndarray,
     y: np.ndarray,
     byte_lengths: np.ndarray | None = None,

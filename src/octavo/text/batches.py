@@ -51,8 +51,13 @@ class Batches:
         row = first + np.arange(count)
         if self.sampling == "random":
             return _draw(row, len(self.tokens) - self.block_size, self.seed)
-        epoch, index = np.divmod(row, self.windows)
-        return _permute(index, self.windows, _keyed(self.seed, epoch)) * self.block_size
+        return shuffled(row, self.windows, self.seed) * self.block_size
+
+
+def shuffled(row: np.ndarray, n: int, seed: int) -> np.ndarray:
+    """Which of ``n`` things each row is: each is one once an epoch, in a new keyed order."""
+    epoch, index = np.divmod(row, n)
+    return _permute(index, n, _keyed(seed, epoch))
 
 
 def fixed_windows(tokens: np.ndarray, block_size: int, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,20 +1,14 @@
 """From what a user names to one text, and from the text to tokens: files, folders, records, stdin.
 
-A text is read exactly: UTF-8, line ends kept, only a byte-order mark dropped. Folders and globs are
-read in sorted order, a list in its own. Two corpora have names: ``python-docs``, the English on any
-Python's disk, and ``shakespeare``, downloaded; a file of that name is called ``./shakespeare``.
+A list is read in its own order, files as text/files.py reads them. Two corpora have names:
+``python-docs``, the English on any Python's disk, and ``shakespeare``, downloaded; a file of that
+name is called ``./shakespeare``.
 """
 
-import csv
-import glob
 import hashlib
-import io
-import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +19,16 @@ from octavo.config import DataConfig
 from octavo.errors import ConfigError, DataError
 from octavo.settings import nearest
 from octavo.text.download import fetch
+from octavo.text.files import (
+    RECORD_SUFFIXES,
+    byte_size,
+    counted,
+    decode,
+    find_files,
+    neighbours,
+    read_bytes,
+    records,
+)
 from octavo.text.python_docs import python_docs
 from octavo.text.tokenizer import Tokenizer
 
@@ -95,7 +99,7 @@ def choose_tokenizer(corpus: Corpus, data: DataConfig) -> Tokenizer:
         return Tokenizer.train_bpe(corpus.documents, data.bpe_vocab_size)
     if os.path.exists(kind):
         return Tokenizer.load(kind)
-    guess = nearest(kind, ("auto", "char", "byte", "gpt2", "bpe", *_neighbours(kind)))
+    guess = nearest(kind, ("auto", "char", "byte", "gpt2", "bpe", *neighbours(kind)))
     raise ConfigError(
         f"data.tokenizer is {kind!r}, which is no file",
         fix=f"did you mean {guess}?" if guess else "give auto, char, byte, gpt2, bpe or a path",
@@ -143,7 +147,9 @@ class _Reader:
             self.named.append("standard input")
             self._add_bytes(sys.stdin.buffer.read(), Path("standard input"))
         else:
-            for path in self._files(item):
+            paths, passed_over = find_files(item, TEXT_SUFFIXES, NAMED)
+            self.skipped += passed_over
+            for path in paths:
                 self._add_file(path)
 
     def corpus(self) -> Corpus:
@@ -155,143 +161,35 @@ class _Reader:
         return Corpus(self.name, documents, self._description(documents))
 
     def _description(self, documents: list[str]) -> str:
-        files = [_counted(len(self.files), "file")] if self.files else []
+        read = [counted(len(self.files), "file")] if self.files else []
         characters = sum(map(len, documents)) + 2 * (len(documents) - 1)
-        parts = [f"read {' and '.join(files + self.named)}", _size(self.size)]
+        parts = [f"read {' and '.join(read + self.named)}", byte_size(self.size)]
         parts.append(f"{characters:,} characters")
         if len(documents) != len(self.files) + len(self.named):
-            parts.append(_counted(len(documents), "document"))
+            parts.append(counted(len(documents), "document"))
         if self.files:
             parts.append(f"from {self.name}")
         line = ", ".join(parts)
         if self.skipped:
             kinds = ", ".join(suffix or "without a suffix" for suffix in sorted(self.skipped))
-            line += f"; passed over {_counted(self.skipped.total(), 'file')} ({kinds})"
+            line += f"; passed over {counted(self.skipped.total(), 'file')} ({kinds})"
         return line
 
-    def _files(self, item: str) -> list[Path]:
-        path = Path(item)
-        if os.path.isdir(item):
-            return self._text_files(path)
-        if os.path.exists(item):
-            return [path]
-        if glob.has_magic(item):
-            matches = [Path(match) for match in glob.glob(item, recursive=True)]
-            if found := sorted((match for match in matches if match.is_file()), key=Path.as_posix):
-                return found
-        guess = nearest(item, [*NAMED, *_neighbours(item)])
-        raise DataError(
-            f"there is no text {item!r}",
-            fix=f"did you mean {guess}?" if guess else f"name a file, a folder or {NAMED[0]}",
-        )
-
-    def _text_files(self, folder: Path) -> list[Path]:
-        found = [path for path in folder.rglob("*") if path.is_file()]
-        shown = [
-            p for p in found if not any(s.startswith(".") for s in p.relative_to(folder).parts)
-        ]
-        texts = [path for path in shown if path.suffix.lower() in TEXT_SUFFIXES]
-        self.skipped.update(p.suffix for p in shown if p.suffix.lower() not in TEXT_SUFFIXES)
-        if not texts:
-            raise DataError(
-                f"no text among {_counted(len(shown), 'file')}",
-                f"in the folder {folder}",
-                f"read are {' '.join(TEXT_SUFFIXES)}; a glob reads any file",
-            )
-        return sorted(texts, key=Path.as_posix)
-
     def _add_file(self, path: Path) -> None:
-        if path in self.files:
-            return
-        self.files.add(path)
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise DataError(f"cannot read {path}: {error.strerror}") from None
-        self._add_bytes(data, path)
+        if path not in self.files:
+            self.files.add(path)
+            self._add_bytes(read_bytes(path), path)
 
     def _add_bytes(self, data: bytes, path: Path) -> None:
         self.size += len(data)
-        text = _decode(data, path)
-        records = {".jsonl": _json_records, ".csv": _csv_records}.get(path.suffix.lower())
-        self.documents += records(text, self.field, path) if records else [text]
-
-
-def _decode(data: bytes, path: Path) -> str:
-    try:
-        nul = data.find(b"\0")
-        if nul >= 0:
-            raise UnicodeDecodeError("utf-8", data, nul, nul + 1, "NUL")
-        return data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"byte {error.start} (0x{data[error.start]:02x}) is not UTF-8 text",
-            f"in {path}",
-            "convert it to UTF-8, or leave it out if it is no text",
-        ) from None
-
-
-def _json_records(text: str, field: str, path: Path) -> Iterator[str]:
-    """The text of each line; blank lines are passed over."""
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise _bad_record(f"is no JSON: {error}", path, number) from None
-            if not isinstance(record, dict):
-                raise _bad_record("is no JSON object", path, number)
-            yield _text_of(record, field, path, number)
-
-
-def _csv_records(text: str, field: str, path: Path) -> Iterator[str]:
-    """The text of each row under the header's column."""
-    csv.field_size_limit(2**31 - 1)  # a document may be longer than the 128 KB it begins with
-    rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    try:
-        for row in rows:
-            if None in row or None in row.values():
-                columns = _counted(len(rows.fieldnames or ()), "column")
-                raise _bad_record(f"has not the header's {columns}", path, rows.line_num)
-            yield _text_of(row, field, path, rows.line_num)
-    except csv.Error as error:
-        raise _bad_record(f"is no CSV: {error}", path, rows.reader.line_num) from None
-
-
-def _text_of(record: dict, field: str, path: Path, number: int) -> str:
-    if field not in record:
-        there = ", ".join(map(str, record)) or "none"
-        raise _bad_record(
-            f"has no field {field!r}", path, number, f"set data.field; there: {there}"
-        )
-    value = record[field]
-    if not isinstance(value, str):
-        raise _bad_record(f"has no text under {field!r} but {value!r:.40}", path, number)
-    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-        raise _bad_record(f"has half a character, a lone surrogate, in {field!r}", path, number)
-    return value
-
-
-def _bad_record(what: str, path: Path, number: int, fix: str = "mend or remove it") -> DataError:
-    return DataError(f"line {number} {what}", f"in {path}", fix)
+        text = decode(data, path)
+        if path.suffix.lower() in RECORD_SUFFIXES:
+            found = records(text, path)
+            self.documents += [record.text(self.field, "data.field") for record in found]
+        else:
+            self.documents.append(text)
 
 
 def _fetch_shakespeare() -> bytes:
     otherwise = "without a network train on python-docs, or name a text of your own"
     return fetch("tinyshakespeare.txt", SHAKESPEARE_URL, SHAKESPEARE_SHA256, otherwise)
-
-
-def _neighbours(path: str) -> list[str]:
-    """What lies where ``path`` was looked for, spelled as the path was."""
-    folder = os.path.dirname(path)
-    with suppress(OSError, ValueError):  # ValueError: NUL in the path
-        return [os.path.join(folder, name) for name in os.listdir(folder or ".")]
-    return []
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" + "s" * (number != 1)
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:.1f} MB" if count >= 1e5 else _counted(count, "byte")

@@ -166,6 +166,11 @@ class Tokenizer:
         canonical = json.dumps(self._spec, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
+    @property
+    def special_tokens(self) -> list[str]:
+        """What ``encode(..., special=True)`` reads as one token each."""
+        return list(self._special)
+
     def encode(self, text: str, special: bool = False) -> list[int]:
         """The ids of ``text``; ``special`` reads the names of special tokens in it as those tokens.
 

@@ -1,17 +1,21 @@
 """What a run keeps of its training: checkpoints, validations, samples, and a line about each."""
 
+import contextlib
 import dataclasses
 import time
 from typing import Any
 
+from octavo.adapting.classify import Classifier, evaluate_labels
+from octavo.adapting.lora import trainable_parameters
 from octavo.checkpoint import Run
-from octavo.errors import NonFiniteError, ResourceError
+from octavo.errors import MissingExtraError, NonFiniteError, ResourceError
 from octavo.evaluating.perplexity import Score, score_windows
 from octavo.generating.engine import TorchEngine
 from octavo.generating.sampling import PRESETS
 from octavo.generating.writing import complete
 from octavo.language_model import start_ids
 from octavo.model.counts import count_parameters
+from octavo.reporting.confusion import draw_confusion
 from octavo.training.display import Display
 from octavo.training.learner import Learner, Step
 from octavo.training.metrics import MetricsLog, environment
@@ -28,6 +32,7 @@ class Keeper:
         self._failed_saves = 0
         self._started = time.monotonic() - learner.progress.seconds
         self._busy_seconds, self._busy_tokens = 0.0, 0
+        self._counted_tokens = learner.progress.tokens
 
     def announce(self) -> None:
         """Say what is about to happen."""
@@ -38,9 +43,14 @@ class Keeper:
             f"model: {count.total:,} parameters ({model.n_layer} layers of width {model.d_model}, "
             f"{model.n_head} heads, vocabulary {model.vocab_size:,})"
         )
+        if (trained := trainable_parameters(self.learner.model)) < count.total:
+            self.display.say(
+                f"trained: {trained:,} of them or beside them ({trained / count.total:.2%}); "
+                f"the rest is {config.finetune.base}, frozen"
+            )
         self.display.say(
             f"text: {task.data['tokens']:,} tokens to learn from, {task.data['val_tokens']:,} to "
-            f"validate; {rows * model.block_size:,} a step, "
+            f"validate; {rows:,} rows a step, "
             f"{config.train.max_steps * rows / task.batches.windows:.1f} epochs in all"
         )
         resumed = {"resumed_from": progress.step} if progress.step else {}
@@ -59,7 +69,8 @@ class Keeper:
         progress, config = self.learner.progress, self.learner.task.config
         progress.seconds = time.monotonic() - self._started
         self._busy_seconds += seconds
-        self._busy_tokens += config.train.batch_size * config.model.block_size
+        self._busy_tokens += progress.tokens - self._counted_tokens
+        self._counted_tokens = progress.tokens
         if not step.taken:
             self._note_bad(step)
         elif due(progress.step, config.log.every) or progress.step == config.train.max_steps:
@@ -101,9 +112,19 @@ class Keeper:
         progress.evals_since_best = 0 if best else progress.evals_since_best + 1
         if best:
             progress.best_step, progress.best_val_loss = progress.step, score.loss
-        self._write(
-            "eval", val_loss=score.loss, val_ppl=score.perplexity, val_bpb=score.bits_per_byte
-        )
+        figures = {"val_loss": score.loss, "val_ppl": score.perplexity}
+        if isinstance(learner.model, Classifier):
+            report = evaluate_labels(learner.model, *learner.task.val)
+            figures |= {"val_accuracy": report.accuracy, "val_macro_f1": report.macro_f1}
+            with contextlib.suppress(MissingExtraError):  # a picture more, where matplotlib is
+                draw_confusion(report, self.run.path / "confusion.png")
+            self.display.say(
+                f"step {progress.step:,}: {report.accuracy:.1%} right, "
+                f"macro-F1 {report.macro_f1:.3f}"
+            )
+        else:
+            figures["val_bpb"] = score.bits_per_byte
+        self._write("eval", **figures)
         self.display.validated(progress.step, score, best)
         if best:
             self.save()
@@ -112,6 +133,8 @@ class Keeper:
 
     def sample(self) -> None:
         """Let the model write a little, into samples.txt and the log."""
+        if isinstance(self.learner.model, Classifier):
+            return
         prompt, text = self.learner.task.config.log.sample_prompt, sample(self.learner)
         self._write("sample", prompt=prompt, text=text)
         with (self.run.path / "samples.txt").open("a", encoding="utf-8") as file:
@@ -159,7 +182,7 @@ def validate(learner: Learner) -> Score:
 
 def sample(learner: Learner) -> str:
     """What the model writes now, by the nucleus preset and the run's seed."""
-    config, tokenizer, model = learner.task.config, learner.task.tokenizer, learner.model
+    config, tokenizer, model = learner.task.config, learner.task.tokenizer, learner.body
     settings = dataclasses.replace(PRESETS["nucleus"], seed=config.train.seed)
     prompt = start_ids(tokenizer, config.log.sample_prompt or None)
     engine = TorchEngine(model, slots=1, vocab=tokenizer.vocab_size)

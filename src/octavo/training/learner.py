@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from octavo.adapting.assemble import assemble, load_trained, trained_names
+from octavo.adapting.classify import Classifier
 from octavo.checkpoint import Run
 from octavo.errors import ConfigError
 from octavo.generating.sampling import splitmix64
@@ -47,7 +49,9 @@ class Learner:
     """Everything a checkpoint holds, and the functions that move it on."""
 
     task: Task
-    model: GPT
+    model: GPT | Classifier
+    body: GPT
+    """The GPT in ``model``: itself, or what a classifier's head stands on."""
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     loss: Callable[..., Tensor]
@@ -57,11 +61,15 @@ class Learner:
     @property
     def device(self) -> torch.device:
         """Where the model lies."""
-        return self.model.tok_emb.weight.device
+        return self.body.tok_emb.weight.device
 
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The model's and the optimizer's tensors, by name."""
-        return self.model.state_dict(), optimizer_tensors(self.optimizer, self.model)
+        """The tensors by name that training changes: the model's, or its adapters' and head's
+        where the rest is frozen; and the optimizer's.
+        """
+        trained = trained_names(self.model)
+        state = {name: t for name, t in self.model.state_dict().items() if name in trained}
+        return state, optimizer_tensors(self.optimizer, self.model)
 
     def state(self) -> dict[str, Any]:
         """The rest of a checkpoint, as JSON."""
@@ -83,15 +91,17 @@ class Step:
 
 
 def build_learner(task: Task, device: torch.device, display: Display) -> Learner:
-    """Fresh weights from the run's seed, the optimizer, precision and compilation."""
+    """Weights from the run's seed or its base, the optimizer, precision and compilation."""
     config = task.config
     torch.manual_seed(config.train.seed)
-    model = GPT(config.model).to(device).train()
-    model.grad_checkpoint = config.train.grad_checkpoint
+    model = assemble(config, task.base).to(device).train()
+    body = model.body if isinstance(model, Classifier) else model
+    body.grad_checkpoint = config.train.grad_checkpoint
     precision = choose_precision(config.train.precision, device)
     learner = Learner(
         task=task,
         model=model,
+        body=body,
         optimizer=build_optimizer(model, config.optim),
         scaler=torch.amp.GradScaler(device.type, enabled=precision == torch.float16),
         loss=functools.partial(cross_entropy, chunk=config.train.loss_chunk),
@@ -118,8 +128,9 @@ def restore(learner: Learner, run: Run, display: Display) -> None:
             f"warning: the run used {threads} threads, this process uses "
             f"{torch.get_num_threads()}: what follows will not be bit for bit the same"
         )
-    learner.scaler.load_state_dict(state.pop("scaler"))
-    learner.model.load_state_dict(saved.model_tensors())
+    if scaler := state.pop("scaler"):
+        learner.scaler.load_state_dict(scaler)
+    load_trained(learner.model, saved.model_tensors())
     load_optimizer_tensors(learner.optimizer, learner.model, saved.optimizer_tensors())
     learner.progress = Progress(**state)
     display.say(f"going on from step {learner.progress.step:,} of {run.path}")
@@ -135,7 +146,8 @@ def optimizer_step(learner: Learner, with_layers: bool = False) -> Step:
     train, max_steps = config.train, config.train.max_steps
     lr = set_lr(learner.optimizer, lr_at(progress.step, config.optim, max_steps))
     dropout = dropout_at(progress.step, config.model.dropout, train.dropout_final, max_steps)
-    learner.model.set_dropout(dropout)
+    if train.dropout_final is not None:
+        learner.body.set_dropout(dropout)
     first = progress.step * train.batch_size
     starts = range(first, first + train.batch_size, train.micro_batch_size)
     batches = [learner.task.batches.rows(row, train.micro_batch_size) for row in starts]

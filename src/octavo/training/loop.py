@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from octavo.checkpoint import Run
+from octavo.checkpoint import Run, refuse_occupied
 from octavo.config import Config
 from octavo.errors import ConfigError, Preempted
 from octavo.language_model import choose_device
@@ -49,8 +49,10 @@ def train(
         device = choose_device(config.train.device)
         run, task = _open(config, Path(out), resume, device.type)
         display.say(task.data["description"])
-        stack.enter_context(run.locked())
         learner = build_learner(task, device, display)
+        if run is None:  # only now that nothing can be wrong with what was asked for
+            run = Run.create(out, task.config, task.tokenizer, files=task.files)
+        stack.enter_context(run.locked())
         restore(learner, run, display)
         log = stack.enter_context(contextlib.closing(MetricsLog(run.path, task.config)))
         keeper = Keeper(learner, run, log, display)
@@ -101,12 +103,12 @@ def _is_over(learner: Learner) -> bool:
     return early or progress.step >= train.max_steps
 
 
-def _open(config: Config, out: Path, resume: bool, device: str) -> tuple[Run, Task]:
-    """The run directory, new or there already, and the task as its configuration says."""
+def _open(config: Config, out: Path, resume: bool, device: str) -> tuple[Run | None, Task]:
+    """The run that is there, None for a new one, and the task as the configuration says."""
     run = Run.find(out)
     if run is None:
-        task = prepare(config, device, out)
-        return Run.create(out, task.config, task.tokenizer, files=task.files), task
+        refuse_occupied(out)
+        return None, prepare(config, device, out)
     if not resume:
         raise ConfigError(
             f"{out} already holds a run", fix="go on with --resume, or choose another --out"

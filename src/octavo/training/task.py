@@ -1,25 +1,26 @@
-"""What must be known before step 0: what was asked for, its text, its tokens, every setting."""
+"""What must be known before step 0: the text, its tokens or examples, the base, every setting."""
 
 import dataclasses
 import glob
 import math
-import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-import octavo
-from octavo.checkpoint import Run
-from octavo.config import Config, DataConfig, ModelConfig, load_config
+from octavo.checkpoint import weights_sha256
+from octavo.config import Config, DataConfig, ModelConfig
 from octavo.errors import ConfigError, DataError
 from octavo.evaluating.perplexity import Score, score_windows
-from octavo.language_model import LanguageModel
+from octavo.language_model import LanguageModel, load_base
 from octavo.manifest import read_json, to_json
 from octavo.model.counts import flops_per_token
+from octavo.model.gpt import GPT
 from octavo.text.batches import Batches, fixed_windows
-from octavo.text.corpus import Corpus, choose_tokenizer, read_corpus, split, tokenize
+from octavo.text.chat import ChatTemplate
+from octavo.text.corpus import choose_tokenizer, read_corpus, split, tokenize
+from octavo.text.examples import Examples, read_examples, split_examples
 from octavo.text.tokenizer import Tokenizer
 
 DATA = "data.json"  # which text a run learns from: name, SHA-256, tokens
@@ -32,72 +33,15 @@ ASSUMED_RATE = {"cpu": 5e10, "cuda": 1e14}  # floating-point operations a second
 
 
 @dataclass(frozen=True)
-class Request:
-    """What someone wants trained: a configuration under a name, or a run to go on with."""
+class Rows:
+    """What is learned from and validated on, and what is known about it."""
 
-    config: Config
-    name: str
-    run: Path | None = None
-
-    def directory(self, out: str | None, resume: bool) -> Path:
-        """The run directory meant: ``out``, else the run itself, else a free name under runs/."""
-        if self.run is not None and out is not None:
-            raise ConfigError(f"{self.run} is a run already", fix=f"leave out --out {out}")
-        if self.run is not None or out is not None:
-            return self.run or Path(str(out))
-        names = [self.name, *(f"{self.name}-{number}" for number in range(2, 1000))]
-        there = [name for name in names if (Path("runs") / name).exists()]
-        free = [name for name in names if name not in there]
-        return Path("runs") / (there[-1] if resume and there else free[0])
-
-
-def read_request(words: list[str], settings: list[str]) -> Request:
-    """Sort a command line's bare words into a configuration, a run and texts.
-
-    A word ending in .yaml or .yml is a configuration, a run directory or one of its checkpoints is
-    a run, anything else is text, which wins over the configuration's.
-    """
-    recipes = [word for word in words if word.endswith((".yaml", ".yml"))]
-    runs = [word for word in words if word not in recipes and Run.find(Path(word))]
-    texts = [word for word in words if word not in recipes and word not in runs]
-    if len(recipes) + len(runs) > 1 or (runs and texts):
-        raise ConfigError(
-            f"cannot train {', '.join(words)} together", fix="give one configuration or one run"
-        )
-    if not words:
-        raise ConfigError(
-            "nothing to train on", fix="name a text, a CONFIG.yaml or a run: octavo train my.txt"
-        )
-    if runs:
-        run = Run.open(runs[0])
-        return Request(
-            load_config(run.path / "config.yaml", settings), run.path.name, Path(runs[0])
-        )
-    recipe = find_recipe(recipes[0]) if recipes else None
-    config = load_config(recipe, settings)
-    if texts:
-        source: str | list[str] = texts[0] if len(texts) == 1 else texts
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=source))
-    return Request(config, recipe.stem if recipe else _name_of(texts[0]))
-
-
-def find_recipe(name: str) -> Path:
-    """A configuration by path, or one of the recipes that come with octavo by its file name."""
-    package = Path(octavo.__file__).parent
-    # In the wheel the recipes lie in the package, in a clone beside src.
-    places = [Path(name), package / "configs" / name, package.parents[1] / "configs" / name]
-    found = next((place for place in places if place.is_file()), None)
-    if found is None:
-        recipes = sorted(path.name for place in places[1:] for path in place.parent.glob("*.yaml"))
-        raise ConfigError(
-            f"there is no configuration {name}", fix=f"octavo comes with {', '.join(recipes)}"
-        )
-    return found
-
-
-def _name_of(text: str) -> str:
-    name = re.sub(r"[^\w.-]+", "-", Path(text).stem).strip("-.")
-    return name or ("stdin" if text == "-" else "text")
+    batches: Batches | Examples
+    val: tuple[np.ndarray, np.ndarray] | None
+    tokenizer: Tokenizer
+    data: dict[str, Any]
+    labels: list[str] = field(default_factory=list)
+    files: dict[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -106,21 +50,50 @@ class Task:
 
     config: Config
     tokenizer: Tokenizer
-    batches: Batches
+    batches: Batches | Examples
     val: tuple[np.ndarray, np.ndarray] | None
-    byte_lengths: np.ndarray
     data: dict[str, Any]
     files: dict[str, bytes]
-    """What else the run directory holds from the start: data.json, and text that was piped in."""
+    """What else the run directory holds from the start: data.json, text that was piped in, a chat
+    template."""
+    base: GPT | None = None
+    """The model whose weights a fine-tuned run begins with."""
+
+    @property
+    def byte_lengths(self) -> np.ndarray | None:
+        """Bytes in each token (V,); None where the targets are labels."""
+        return None if self.config.finetune.labels else self.tokenizer.byte_lengths()
 
 
 def prepare(config: Config, device: str, out: Path, tokenizer: Tokenizer | None = None) -> Task:
-    """Read and tokenize the text and fill in what the configuration left open.
+    """Read and tokenize the data and fill in what the configuration left open.
 
     ``out`` is the run directory, where text from standard input is kept, and ``tokenizer`` the
     run's own when one is resumed. Raises `DataError` where the text is too short for the context
     and `ConfigError` where the settings cannot go together.
     """
+    base = load_base(config.finetune) if config.finetune.base else None
+    tokenizer = tokenizer or (base.tokenizer if base else None)
+    rows = (_windows if config.data.kind == "text" else _examples)(config, out, tokenizer, base)
+    data = rows.data | {
+        "tokenizer": rows.tokenizer.kind,
+        "tokenizer_sha256": rows.tokenizer.fingerprint,
+    }
+    return Task(
+        config=_resolve(config, rows, device, base),
+        tokenizer=rows.tokenizer,
+        batches=rows.batches,
+        val=rows.val,
+        data=data,
+        files=rows.files | {DATA: to_json(data)},
+        base=base.model if base else None,
+    )
+
+
+def _windows(
+    config: Config, out: Path, tokenizer: Tokenizer | None, base: LanguageModel | None
+) -> Rows:
+    """Windows of one long text."""
     from_stdin = config.data.source == "-"
     kept = from_stdin and (out / PIPED).exists()
     corpus = read_corpus(str(out / PIPED) if kept else config.data.source, config.data.field)
@@ -134,20 +107,46 @@ def prepare(config: Config, device: str, out: Path, tokenizer: Tokenizer | None 
         train_tokens, val_tokens = tokens, tokenize(val_corpus, tokenizer)
         data["val_sha256"] = val_corpus.sha256
     data |= {"tokens": len(train_tokens), "val_tokens": len(val_tokens)}
-    data |= {"tokenizer": tokenizer.kind, "tokenizer_sha256": tokenizer.fingerprint}
-    resolved = _resolve(config, tokenizer, corpus, device)
-    model, seed = resolved.model, resolved.train.seed
-    val = None
-    if len(val_tokens):
-        val = fixed_windows(val_tokens, model.block_size, resolved.eval.windows)
-    return Task(
-        config=resolved,
+    T, seed = config.model.block_size, config.train.seed
+    return Rows(
+        batches=Batches(train_tokens, T, seed, config.data.sampling),
+        val=fixed_windows(val_tokens, T, config.eval.windows) if len(val_tokens) else None,
         tokenizer=tokenizer,
-        batches=Batches(train_tokens, model.block_size, seed, resolved.data.sampling),
-        val=val,
-        byte_lengths=tokenizer.byte_lengths(),
         data=data,
-        files={DATA: to_json(data)} | ({PIPED: corpus.text.encode()} if from_stdin else {}),
+        files={PIPED: corpus.text.encode()} if from_stdin else {},
+    )
+
+
+def _examples(
+    config: Config, out: Path, tokenizer: Tokenizer | None, base: LanguageModel | None
+) -> Rows:
+    """Records, one a row: completions, conversations, labelled texts."""
+    kind, source = config.data.kind, config.data.source
+    if tokenizer is None or source is None or kind == "text":
+        raise ConfigError(
+            f"data.kind={kind} teaches a model that can read already",
+            fix="octavo finetune RUN DATA",
+        )
+    template = None
+    if kind == "chat":
+        homes = [out] + ([base.run.path] if base and base.run else [])
+        kept = (ChatTemplate.load(home) for home in homes if home.is_dir())
+        template = next(filter(None, kept), None) or ChatTemplate.default(tokenizer)
+    known = config.finetune.labels or None
+    block_size = config.model.block_size
+    read = read_examples(source, kind, tokenizer, block_size, config.data.fields, template, known)
+    train, val = split_examples(read.examples, config.data.val_fraction)
+    width = min(read.longest, block_size)
+    data = {"name": read.name, "sha256": read.sha256, "description": read.description}
+    data |= {"tokens": sum(len(example.x) for example in train)}
+    data |= {"val_tokens": sum(len(example.x) for example in val)}
+    return Rows(
+        batches=Examples(train, width, config.train.seed),
+        val=Examples(val, width, 0).all() if val else None,
+        tokenizer=tokenizer,
+        data=data,
+        labels=read.labels,
+        files=template.files() if template else {},
     )
 
 
@@ -200,18 +199,30 @@ def flatten(config: Config) -> dict[str, Any]:
     }
 
 
-def _resolve(config: Config, tokenizer: Tokenizer, corpus: Corpus, device: str) -> Config:
-    model = fit_vocabulary(config.model, tokenizer)
+def _resolve(config: Config, rows: Rows, device: str, base: LanguageModel | None) -> Config:
+    model = fit_vocabulary(config.model, rows.tokenizer)
+    finetune = dataclasses.replace(config.finetune, labels=rows.labels)
+    if base is not None:
+        given = dataclasses.replace(model, dropout=base.config.dropout)
+        if given != base.config:
+            raise ConfigError(
+                "the model is the base's, and cannot be changed but for model.dropout",
+                fix="leave the other model settings out; octavo grow enlarges a model",
+            )
+        assert base.run is not None
+        assert base.checkpoint is not None
+        path, sha256 = str(base.run.path.resolve()), weights_sha256(base.checkpoint)
+        finetune = dataclasses.replace(finetune, base=path, base_sha256=sha256)
     data = dataclasses.replace(
         config.data,
-        source=absolute(config.data.source or corpus.name),
+        source=absolute(config.data.source or rows.data["name"]),
         val_source=absolute(config.data.val_source),
-        tokenizer=_tokenizer_name(config.data, tokenizer),
+        tokenizer=_tokenizer_name(config.data, rows.tokenizer),
     )
     train = dataclasses.replace(
         config.train, compile=_compile_pays(config, model, device.partition(":")[0])
     )
-    return dataclasses.replace(config, model=model, data=data, train=train)
+    return dataclasses.replace(config, model=model, data=data, train=train, finetune=finetune)
 
 
 def fit_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
