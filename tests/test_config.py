@@ -522,3 +522,10 @@ def test_configurations_do_not_change():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().model.n_layer = 3
     assert dataclasses.replace(ModelConfig(), n_layer=3) == ModelConfig(n_layer=3)
+
+
+def test_the_seeds_lora_switch_and_width_are_one_setting_here():
+    on = load_config(None, ["advanced={use_lora: true, lora_rank: 4, lora_alpha: 8}"]).lora
+    assert (on.rank, on.alpha) == (4, 8.0)
+    assert load_config(None, ["advanced.use_lora=true"]).lora.rank == 8
+    assert load_config(None, ["advanced={use_lora: false, lora_rank: 4}"]).lora.rank == 0

@@ -174,7 +174,7 @@ def optimizer_step(learner: Learner, with_layers: bool = False) -> Step:
     learner.scaler.update()
     learner.optimizer.zero_grad(set_to_none=True)
     progress.step += 1
-    progress.tokens += n_targets
+    progress.tokens += sum(x.size for x, _ in batches)
     progress.skipped += not taken
     progress.bad_in_a_row = 0 if taken else progress.bad_in_a_row + 1
     return Step(loss, grad_norm, lr, taken, layers)
