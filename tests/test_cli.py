@@ -12,7 +12,7 @@ import time
 import pytest
 
 import octavo
-from octavo.cli import main
+from octavo.cli import COMMANDS, main
 
 TEXT = "She sells sea shells by the sea shore; the shells she sells are sea shells.\n" * 30
 SMALL = [
@@ -67,12 +67,13 @@ def test_help_is_instant_and_imports_nothing_heavy(folder):
     assert done.stdout.strip().endswith("[]")
 
 
-@pytest.mark.parametrize("command", ["train", "generate", "eval", "plan"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_each_command_has_a_page_without_torch(command, capsys):
     before = "torch" in sys.modules
     assert called(command, "--help") == 0
     page = capsys.readouterr().out
-    assert f"octavo {command} runs" in page or command == "plan"
+    assert page.startswith(f"usage: octavo {command} ")
+    assert f"\n  octavo {command} " in page
     assert ("torch" in sys.modules) == before
     if command == "train":
         assert "optim.lr=0.001" in page

@@ -6,6 +6,7 @@ Each command is a module of `octavo.commands`, imported when it is called.
 import argparse
 import importlib
 import inspect
+import keyword
 import os
 import re
 import sys
@@ -29,6 +30,9 @@ usage: octavo COMMAND ...        octavo COMMAND --help        octavo --version
   plan      CONFIG.yaml | TEXT...         what a run will cost, before it begins
   finetune  RUN TEXT...                   teach a model something more, with adapters or whole
   merge     RUN --out RUN                 one plain model of a base and its adapter
+  grow      RUN --out RUN                 a larger model that computes the same, to train on
+  import    SOURCE RUN                    a model from Hugging Face or nanoGPT becomes a run
+  export    RUN --to hf|gguf|peft PATH    a run leaves for transformers, llama.cpp or PEFT
 
 begin with
   octavo train my.txt                     a model of your own text, in runs/my
@@ -80,7 +84,8 @@ def _dispatch(words: list[str]) -> int:
         guess = nearest(command, COMMANDS)
         fix = f"did you mean octavo {guess}?" if guess else "see octavo --help"
         raise ConfigError(f"unknown command {command!r}", fix=fix)
-    module = importlib.import_module(f"octavo.commands.{command}")
+    name = f"{command}_" if keyword.iskeyword(command) else command
+    module = importlib.import_module(f"octavo.commands.{name}")
     parser = _parser(command, module, full="--help" in rest or "-h" in rest)
     args, settings = _parse(parser, rest)
     if settings and not module.TAKES_SETTINGS:

@@ -41,8 +41,7 @@ class LoRALinear(nn.Module):
 
     def add(self, name: str, rank: int, alpha: float, dropout: float) -> None:
         """Make an adapter, fp32: B zero, A drawn as PyTorch draws the weights of linear layers."""
-        tensors = itertools.chain(self.base.parameters(), self.base.buffers())
-        device = next(tensors).device
+        device = next(itertools.chain(self.base.parameters(), self.base.buffers())).device
         A = torch.empty(rank, self.in_features, device=device)
         self.lora_A[name] = nn.Parameter(nn.init.kaiming_uniform_(A, a=math.sqrt(5)))
         self.lora_B[name] = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
@@ -59,7 +58,8 @@ class LoRALinear(nn.Module):
             A, B = self.lora_A[name], self.lora_B[name]
             # Not nn.Dropout: the model anneals the rate of every one of those.
             low = F.linear(F.dropout(x, self.dropout[name], self.training).to(A.dtype), A)
-            y = y + F.linear(low * (weight * self.scale(name)), B).to(y.dtype)
+            # Scaled last, as PEFT does: the same rounding.
+            y = y + (F.linear(low, B) * (weight * self.scale(name))).to(y.dtype)
         return y
 
     def merged(self) -> nn.Module:
@@ -134,10 +134,8 @@ def adapted_layers(model: nn.Module, name: str) -> dict[str, LoRALinear]:
     found = {path: layer for path, layer in every.items() if name in layer.lora_A}
     if not found:
         known = dict.fromkeys(other for layer in every.values() for other in layer.lora_A)
-        raise ConfigError(
-            f"the model has no adapter {name!r}",
-            fix=f"it has: {', '.join(known)}" if known else "add one to it first",
-        )
+        fix = f"it has: {', '.join(known)}" if known else "add one to it first"
+        raise ConfigError(f"the model has no adapter {name!r}", fix=fix)
     return found
 
 
@@ -204,9 +202,10 @@ def check_layer(model: nn.Module, path: str, layer: Any, name: str, rank: int) -
         raise ConfigError(f"{path} has an adapter {name!r} already", fix="choose another name")
     limit = min(layer.in_features, layer.out_features)
     if not 1 <= rank <= limit:
-        shape = f"it is {layer.out_features} x {layer.in_features}"
         raise ConfigError(
-            f"an adapter of rank {rank} does not fit {path}", shape, f"give 1 to {limit}"
+            f"an adapter of rank {rank} does not fit {path}",
+            f"it is {layer.out_features} x {layer.in_features}",
+            f"give 1 to {limit}",
         )
     embeddings = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
     if any(getattr(layer, "weight", None) is weight for weight in embeddings):

@@ -2,15 +2,9 @@
 
 import shlex
 from argparse import Namespace
-from typing import TYPE_CHECKING, Any
 
 from octavo.commands.shared import Option, one_run, print_facts
 from octavo.errors import ConfigError
-
-if TYPE_CHECKING:
-    from octavo.adapting.grow import Growth
-    from octavo.language_model import LanguageModel
-    from octavo.training.task import Task
 
 WORDS = "RUN"
 TAKES_SETTINGS = True
@@ -37,65 +31,10 @@ def run(args: Namespace, settings: list[str]) -> None:
     """Do it."""
     if not args.out:
         raise ConfigError("grow writes a new run", fix="name it with --out RUN")
-    import torch
-
-    from octavo.adapting.grow import grow
-    from octavo.config import load_config
     from octavo.language_model import load
-    from octavo.training.task import prepare
+    from octavo.training.growing import grow_run
 
     lm = load(one_run(args.words), device="cpu")
-    if lm.run is None:
-        raise ConfigError("only a run can grow", fix="bring it in first: octavo import")
-    config = load_config(lm.run.path / "config.yaml", settings)
-    task = prepare(config, "cpu", lm.run.path, lm.tokenizer)
-    before, after = vars(lm.config), vars(task.config.model)
-    changes = {name: value for name, value in after.items() if value != before[name]}
-    torch.manual_seed(config.train.seed)
-    growth = grow(lm.model, **changes)
-    facts: dict[str, Any] = {
-        "run": args.out,
-        "grown": {name: f"{before[name]} -> {value}" for name, value in changes.items()},
-        "parameters": sum(parameter.numel() for parameter in growth.model.parameters()),
-        "computes_the_same": growth.exact,
-        "largest_change_of_a_logit": growth.difference,
-    }
-    if not growth.exact:
-        facts |= _losses(lm, growth)
-    _write_run(args.out, lm, task, growth, facts)
-    print_facts(facts, args.json)
+    print_facts({"run": args.out, **grow_run(lm, args.out, settings)}, args.json)
     if not args.json:
         print(f"train it on: octavo train {shlex.quote(args.out)} --resume")
-
-
-def _losses(lm: "LanguageModel", growth: "Growth") -> dict[str, Any]:
-    """The loss on the old run's validation windows, before and after."""
-    from octavo.evaluating.perplexity import score_windows
-    from octavo.training.task import prepare
-
-    assert lm.run is not None
-    task = prepare(lm.run.config, "cpu", lm.run.path, lm.tokenizer)
-    if task.val is None:
-        return {"remarks": ["there is no validation text to say what the change costs"]}
-    before, after = (score_windows(model, *task.val).loss for model in (lm.model, growth.model))
-    return {"loss_before": before, "loss_after": after, "change_in_loss": after - before}
-
-
-def _write_run(
-    out: str, lm: "LanguageModel", task: "Task", growth: "Growth", facts: dict[str, Any]
-) -> None:
-    """A new run whose only checkpoint, at step 0, holds the grown model and no optimizer state."""
-    from dataclasses import replace
-
-    import torch
-
-    from octavo.checkpoint import Run
-    from octavo.training.learner import Progress
-
-    assert lm.checkpoint is not None
-    config = replace(task.config, model=growth.model.config)
-    run = Run.create(out, config, task.tokenizer, files=task.files)
-    state = vars(Progress()) | {"scaler": {}, "threads": torch.get_num_threads()}
-    facts = {"grown_from": str(lm.checkpoint.resolve()), **facts}
-    with run.locked():
-        run.save(0, growth.model.state_dict(), {}, state, keep=config.checkpoint.keep, facts=facts)

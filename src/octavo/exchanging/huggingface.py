@@ -4,15 +4,15 @@
 the maps between them. Needs the extra ``hf``, imported on use.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from octavo.errors import CheckpointError, ConfigError, MissingExtraError
+from octavo.errors import CheckpointError, MissingExtraError
 from octavo.exchanging.families import choose_family, find_family
+from octavo.exchanging.weights import read_directory
 from octavo.model.gpt import GPT
 
 # Masks and frequencies that older files carry: not weights, and computed anew.
@@ -24,14 +24,14 @@ def from_huggingface(source: nn.Module | str | Path) -> GPT:
 
     ``source`` is a module of transformers, or a directory with its config.json and safetensors.
     Raises `ConfigError` for an architecture or an option our model has no word for,
-    `CheckpointError` for weights that are missing, left over or of another shape, and
-    `MissingExtraError` where a directory is given and transformers is not installed.
+    and `CheckpointError` for weights that are missing, left over or of another shape.
     """
-    module = source if isinstance(source, nn.Module) else _read_directory(Path(source))
-    family = find_family(type(module).__name__)
-    config = family.config(module.config)
+    if not isinstance(source, nn.Module):
+        return read_directory(Path(source))[0]
+    family = find_family(type(source).__name__)
+    config = family.config(source.config)
     model = GPT(config)
-    _fill(model, family.to_ours(config, module.state_dict()))
+    _fill(model, family.to_ours(config, source.state_dict()))
     return model.eval()
 
 
@@ -66,33 +66,6 @@ def _fill(model: GPT, weights: dict[str, Tensor]) -> None:
             )
         with torch.no_grad():
             parameter.copy_(given if given is not None else torch.zeros_like(parameter))
-
-
-def _read_directory(path: Path) -> nn.Module:
-    """Load a directory's model with transformers; only safetensors are opened, never a pickle."""
-    transformers = _import_transformers(f"reading the Hugging Face directory {path}")
-    try:
-        description = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except OSError:
-        raise ConfigError(f"{path} is not a Hugging Face directory", "no config.json") from None
-    except ValueError:
-        raise CheckpointError("config.json is not JSON", f"in {path}") from None
-    architectures = description.get("architectures") if isinstance(description, dict) else None
-    if not architectures:
-        raise ConfigError("config.json names no architecture", f"in {path}")
-    family = find_family(str(architectures[0]))
-    try:
-        module, report = getattr(transformers, family.name).from_pretrained(
-            path, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
-    except Exception as error:  # transformers raises many kinds; each is one line for a person
-        first = str(error).strip().splitlines()
-        raise CheckpointError(f"cannot load {path}: {first[0] if first else error!r}") from error
-    extra = {key for key in report["unexpected_keys"] if not key.endswith(OLD_BUFFERS)}
-    for kind, keys in (("misses", report["missing_keys"]), ("has an unknown", extra)):
-        if keys:
-            raise CheckpointError(f"{path} {kind} {min(keys)}", f"{len(keys)} such tensors")
-    return module
 
 
 def _import_transformers(wanted_for: str) -> Any:

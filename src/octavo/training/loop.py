@@ -113,6 +113,11 @@ def _open(config: Config, out: Path, resume: bool, device: str) -> tuple[Run | N
         raise ConfigError(
             f"{out} already holds a run", fix="go on with --resume, or choose another --out"
         )
+    if run.config.data.source is None:
+        raise ConfigError(
+            f"{out} came from elsewhere, without a text to go on with",
+            fix=f"octavo finetune {out} TEXT",
+        )
     task = prepare(config, device, run.path, run.tokenizer)
     check_resumable(run.config, task.config)
     check_same_text(task, run.path)

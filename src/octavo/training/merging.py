@@ -1,4 +1,4 @@
-"""A run with an adapter as a run without: the base's weights with the adapter folded in."""
+"""A base and its adapter as one plain run: the adapter folded into the base's weights."""
 
 import dataclasses
 from pathlib import Path
@@ -10,6 +10,7 @@ from octavo.adapting.lora import merge
 from octavo.checkpoint import Run
 from octavo.config import FinetuneConfig, LoraConfig
 from octavo.errors import ConfigError, ParityError
+from octavo.exchanging.peft import from_peft
 from octavo.language_model import LanguageModel
 from octavo.training.learner import Progress
 from octavo.training.task import DATA
@@ -25,15 +26,33 @@ def merge_run(lm: LanguageModel, out: Path | str) -> dict[str, Any]:
     """
     if lm.run is None or not lm.run.config.lora.rank:
         raise ConfigError("there is no adapter to merge", fix="name a run of octavo finetune")
-    config = lm.run.config
-    model = lm.model
+    return _write_merged(lm, lm.run, out, {"merged_from": str(lm.run.path.resolve())})
+
+
+def import_adapter(directory: Path | str, base: LanguageModel, out: Path | str) -> dict[str, Any]:
+    """Write the run ``out``: the model ``base`` with PEFT's adapter in ``directory`` merged in.
+
+    Raises as `exchanging.peft.from_peft`, and `ParityError` where merging changes logits.
+    """
+    if base.run is None:
+        raise ConfigError("the base of an adapter is a run", fix="octavo import it first")
+    parity = from_peft(directory, base.model)
+    facts = {"adapter_from": str(directory), "base": str(base.run.path.resolve())}
+    facts |= {} if parity is None else {"difference_to_peft": parity}
+    return facts | _write_merged(base, base.run, out, facts)
+
+
+def _write_merged(
+    lm: LanguageModel, source: Run, out: Path | str, facts: dict[str, Any]
+) -> dict[str, Any]:
+    """Fold the adapters in, compare logits, and only then write the run."""
+    model, config = lm.model, source.config
     torch.manual_seed(config.train.seed)
     ids = torch.randint(lm.config.vocab_size, (1, min(TEXT, lm.config.block_size)))
     with torch.no_grad():
         before = model(ids)
         merge(model)
-        after = model(ids)
-    difference = ((after - before).abs().max() / before.abs().max()).item()
+        difference = ((model(ids) - before).abs().max() / before.abs().max()).item()
     if not difference <= TOLERANCE:
         raise ParityError(
             f"the merged model's logits differ by {difference:.1e} of the largest",
@@ -42,15 +61,11 @@ def merge_run(lm: LanguageModel, out: Path | str) -> dict[str, Any]:
         )
     labels = FinetuneConfig(labels=config.finetune.labels)
     plain = dataclasses.replace(config, lora=LoraConfig(), finetune=labels)
-    files = {DATA: (lm.run.path / DATA).read_bytes()}
-    template = lm.run.path / "tokenizer_config.json"
-    files |= {template.name: template.read_bytes()} if template.exists() else {}
-    run = Run.create(out, plain, lm.run.tokenizer, files=files)
+    taken = [source.path / name for name in (DATA, "tokenizer_config.json")]
+    files = {path.name: path.read_bytes() for path in taken if path.exists()}
+    run = Run.create(out, plain, source.tokenizer, files=files)
     state = vars(Progress()) | {"scaler": {}, "threads": torch.get_num_threads()}
-    facts = {"merged_from": str(lm.run.path.resolve()), "parity": difference}
+    figures = {"largest_change_of_a_logit": difference}
     with run.locked():
-        run.save(0, model.state_dict(), {}, state, keep=1, facts=facts)
-    return {
-        "largest_change_of_a_logit": difference,
-        "parameters": sum(p.numel() for p in model.parameters()),
-    }
+        run.save(0, model.state_dict(), {}, state, keep=1, facts=facts | figures)
+    return figures | {"parameters": sum(p.numel() for p in model.parameters())}

@@ -183,7 +183,10 @@ def check_same_text(task: Task, run: Path) -> None:
 
 def score_validation(lm: LanguageModel) -> Score:
     """The loss of a run's model on the validation windows it was trained with."""
-    assert lm.run is not None
+    if lm.run is None or lm.run.config.data.source is None:
+        raise ConfigError(
+            "this model came from elsewhere, without a validation text", fix="use --perplexity FILE"
+        )
     task = prepare(lm.run.config, "cpu", lm.run.path, lm.tokenizer)
     if task.val is None:
         raise ConfigError(f"{lm.run.path} has no validation text", fix="use --perplexity FILE")

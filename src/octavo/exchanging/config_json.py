@@ -1,0 +1,147 @@
+"""A Hugging Face ``config.json`` read without transformers.
+
+A file may leave out what its class assumes, and older files spell options otherwise. What comes out
+answers, under the names a `Family` asks for, as the class's own configuration would. Code that a
+file points to is never fetched and never run.
+"""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from octavo.config import ModelConfig
+from octavo.errors import CheckpointError, ConfigError
+from octavo.exchanging.families import COMMON, Family, find_family
+
+# What each class assumes where its file is silent. Sizes have no default here: a file without them
+# would be a guess.
+GPT2 = {
+    "n_inner": None,
+    "activation_function": "gelu_new",
+    "resid_pdrop": 0.1,
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+}
+LLAMA = {
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "attention_dropout": 0.0,
+    "tie_word_embeddings": False,
+}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "GPT2LMHeadModel": GPT2,
+    "GPTBigCodeForCausalLM": {
+        **GPT2,
+        "activation_function": "gelu_pytorch_tanh",
+        "multi_query": True,
+    },
+    "GPTNeoXForCausalLM": {
+        "hidden_act": "gelu",
+        "hidden_dropout": 0.0,
+        "layer_norm_eps": 1e-5,
+        "use_parallel_residual": True,
+        "rotary_pct": 0.25,
+        "tie_word_embeddings": False,
+    },
+    "LlamaForCausalLM": LLAMA,
+    "Qwen3ForCausalLM": {
+        **LLAMA,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "use_sliding_window": False,
+    },
+    "StableLmForCausalLM": {
+        "num_key_value_heads": 32,
+        "hidden_act": "silu",
+        "hidden_dropout": 0.0,
+        "layer_norm_eps": 1e-5,
+        "use_parallel_residual": False,
+        "qk_layernorm": False,
+        "use_qkv_bias": False,
+        "partial_rotary_factor": 0.25,
+        "tie_word_embeddings": False,
+    },
+    "Starcoder2ForCausalLM": {
+        "num_key_value_heads": 2,
+        "hidden_act": "gelu_pytorch_tanh",
+        "residual_dropout": 0.0,
+        "norm_epsilon": 1e-5,
+        "sliding_window": None,
+        "use_bias": True,
+        "tie_word_embeddings": True,
+    },
+}
+# GPT-2's and GPT-NeoX's own names for what the others agree on.
+SYNONYMS = {
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_positions": "max_position_embeddings",
+    "rotary_emb_base": "rope_theta",
+    "rotary_pct": "partial_rotary_factor",
+}
+
+
+def read_config(directory: Path) -> tuple[Family, SimpleNamespace]:
+    """The family that ``config.json`` names, and its options under the class's names.
+
+    Raises `ConfigError` where there is none or its architecture is unknown, which names the
+    nearest, and `CheckpointError` where it is damaged.
+    """
+    try:
+        given = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except OSError:
+        raise ConfigError(
+            f"{directory} is not a Hugging Face directory", "no config.json"
+        ) from None
+    except (ValueError, RecursionError):
+        raise CheckpointError("config.json is not JSON", f"in {directory}") from None
+    architectures = given.get("architectures") if isinstance(given, dict) else None
+    if not isinstance(architectures, list) or not architectures:
+        raise ConfigError("config.json names no architecture", f"in {directory}")
+    if given.get("quantization_config") is not None:
+        raise ConfigError(
+            "the weights are quantized (quantization_config)",
+            f"in {directory}",
+            "import the model it was made from",
+        )
+    family = find_family(str(architectures[0]))
+    options = DEFAULTS[family.name] | given
+    options |= {ours: options[own] for own, ours in SYNONYMS.items() if own in options}
+    options["rope_parameters"] = _rope_parameters(options)
+    return family, SimpleNamespace(**options)
+
+
+def to_config(family: Family, theirs: SimpleNamespace, directory: Path) -> ModelConfig:
+    """Our configuration; `CheckpointError` for a missing option or one of another type."""
+    for option in (COMMON | family.fields).values():
+        if not hasattr(theirs, option):
+            raise CheckpointError(f"config.json does not give {option}", f"in {directory}")
+    try:
+        return family.config(theirs)
+    except (AttributeError, LookupError, TypeError) as error:
+        raise CheckpointError(
+            f"config.json does not describe a {family.name} ({type(error).__name__}: {error})",
+            f"in {directory}",
+        ) from None
+
+
+def _rope_parameters(options: dict[str, Any]) -> Any:
+    """RoPE's settings as transformers 5 keeps them; before, they lay in three places."""
+    given = options.get("rope_scaling") or options.get("rope_parameters") or {}
+    if not isinstance(given, dict):
+        return given
+    outside = {
+        "rope_type": given.get("type", "default"),
+        "rope_theta": options.get("rope_theta", 10_000.0),
+        "partial_rotary_factor": options.get("partial_rotary_factor", 1.0),
+    }
+    return outside | given

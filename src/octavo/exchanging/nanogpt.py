@@ -1,0 +1,96 @@
+"""nanoGPT's ``ckpt.pt`` as our model: the one pickle octavo opens, and only as far as data goes.
+
+``torch.load(weights_only=True)`` builds tensors, numbers, texts and containers and refuses
+everything else; a file that asks for more is not read. nanoGPT's modules have GPT-2's names and its
+fused projection, but hold matrices as (out, in).
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from octavo.config import ModelConfig
+from octavo.errors import CheckpointError
+from octavo.exchanging.families import GPT2
+from octavo.exchanging.weights import BUFFERS, build
+from octavo.model.gpt import GPT
+
+NANOGPT = replace(GPT2, name="nanoGPT", transposed=False)
+SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+COMPILED = "_orig_mod."  # what torch.compile puts before every name
+TRANSPOSED = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+
+
+def read_nanogpt(file: Path) -> tuple[GPT, dict[str, Tensor]]:
+    """Our model in fp32 and evaluation mode, and nanoGPT's tensors under their own names.
+
+    Raises `CheckpointError` for a pickle with code in it, which is not run, for anything that is no
+    nanoGPT checkpoint, and for tensors that are missing, left over or of another shape.
+    """
+    content = _unpickle(file)
+    args, given = content.get("model_args"), content.get("model")
+    if not isinstance(args, Mapping) or not isinstance(given, Mapping):
+        raise CheckpointError(
+            f"{file.name} is no nanoGPT checkpoint", "it has no model and model_args"
+        )
+    if lacking := [name for name in SIZES if name not in args]:
+        raise CheckpointError(f"model_args lacks {lacking[0]}", f"in {file}")
+    weights = {
+        str(name).replace(COMPILED, ""): tensor
+        for name, tensor in given.items()
+        if isinstance(tensor, Tensor) and not str(name).endswith(BUFFERS)
+    }
+    tied = torch.equal(*(_weight(weights, n) for n in ("transformer.wte", "lm_head")))
+    config = _to_config(args, tied)
+    return build(NANOGPT, config, weights, str(file)), weights
+
+
+def as_gpt2(transformers: Any, ours: ModelConfig, weights: Mapping[str, Tensor]) -> nn.Module:
+    """The same tensors in transformers' GPT-2, which computes what nanoGPT does, to compare."""
+    module = transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2.options(ours)))
+    theirs = {
+        name: tensor.T if name.removesuffix(".weight").endswith(TRANSPOSED) else tensor
+        for name, tensor in weights.items()
+    }
+    for name, tensor in module.state_dict().items():
+        if name.endswith(".bias"):
+            theirs.setdefault(name, torch.zeros_like(tensor))
+    module.load_state_dict(theirs)
+    return module.eval()
+
+
+def _to_config(args: Mapping[str, Any], tied: bool) -> ModelConfig:
+    """The architecture that nanoGPT's arguments describe."""
+    old = "bias" not in args  # older than that switch is older than its exact GELU, too
+    return ModelConfig(
+        **{name: args[name] for name in SIZES},
+        dropout=args.get("dropout", 0.0),
+        bias=args.get("bias", True),
+        position="learned",
+        norm="layernorm",
+        mlp="gelu_tanh" if old else "gelu",
+        tie_embeddings=tied,
+    )
+
+
+def _weight(weights: Mapping[str, Tensor], module: str) -> Tensor:
+    if f"{module}.weight" not in weights:
+        raise CheckpointError(f"the checkpoint misses {module}.weight")
+    return weights[f"{module}.weight"]
+
+
+def _unpickle(file: Path) -> Mapping[str, Any]:
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpicklers fail in every way there is
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"{file.name} is damaged or holds more than data, and was not run: {reason}",
+            f"in {file.parent}",
+            "where you trust it, load it and save its tensors and numbers alone",
+        ) from None
+    return content if isinstance(content, Mapping) else {}
