@@ -1,18 +1,19 @@
 """A run of a larger model that begins where another run's model stands."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from octavo import disk
 from octavo.adapting.grow import Growth, grow
 from octavo.checkpoint import Run
 from octavo.config import Config, FinetuneConfig, load_config
 from octavo.errors import ConfigError
 from octavo.evaluating.perplexity import score_windows
 from octavo.language_model import LanguageModel
-from octavo.training.learner import Progress
 from octavo.training.task import DATA, fit_vocabulary, prepare
 
 
@@ -22,6 +23,8 @@ def grow_run(lm: LanguageModel, out: Path | str, settings: list[str]) -> dict[st
     It has no optimizer state yet; `train` begins with a fresh one. Returns what is to be said.
     Raises `ConfigError` for what cannot grow, `ParityError` where growing changed the function.
     """
+    if disk.exists(Path(out)):
+        raise ConfigError(f"{out} is there already", fix="choose another --out")
     run = _plain_run(lm)
     assert lm.checkpoint is not None
     given = load_config(run.path / "config.yaml", settings)
@@ -39,11 +42,8 @@ def grow_run(lm: LanguageModel, out: Path | str, settings: list[str]) -> dict[st
     if not growth.exact:
         facts |= _losses(lm, run, growth)
     config = dataclasses.replace(config, model=growth.model.config)
-    new = Run.create(out, config, run.tokenizer, files=files)
-    state = vars(Progress()) | {"scaler": {}, "threads": torch.get_num_threads()}
     origin = {"grown_from": str(lm.checkpoint.resolve())}
-    with new.locked():
-        new.save(0, growth.model.state_dict(), {}, state, keep=1, facts=origin | facts)
+    _write(Path(os.path.realpath(out)), run, config, files, growth, origin | facts)
     return facts
 
 
@@ -79,3 +79,19 @@ def _losses(lm: LanguageModel, run: Run, growth: Growth) -> dict[str, Any]:
         return {"remarks": ["there is no validation text to say what the change costs"]}
     before, after = (score_windows(model, *val).loss for model in (lm.model, growth.model))
     return {"loss_before": before, "loss_after": after, "change_in_loss": after - before}
+
+
+def _write(
+    target: Path,
+    old: Run,
+    config: Config,
+    files: dict[str, bytes],
+    growth: Growth,
+    facts: dict[str, Any],
+) -> None:
+    """The run appears whole, with its weights: without them `train` would draw others."""
+    with disk.errors(f"create the run {target}"), disk.scratch(target.parent, "grow") as temp:
+        run = Run.create(temp / "run", config, old.tokenizer, files)
+        state = {"scaler": {}, "threads": torch.get_num_threads()}  # of a training not begun
+        run.save(0, growth.model.state_dict(), {}, state, keep=1, facts=facts)
+        disk.publish(run.path, target)

@@ -154,7 +154,7 @@ def optimizer_step(learner: Learner, with_layers: bool = False) -> Step:
     n_targets = sum(int((y != -100).sum()) for _, y in batches)
     total = torch.zeros((), device=learner.device)
     for row, (x, y) in zip(starts, batches, strict=True):
-        if dropout:
+        if dropout or config.lora.dropout:
             torch.manual_seed(splitmix64(splitmix64(train.seed, progress.step), row))
         with learner.autocast():
             nll = learner.loss(learner.model, _to(x, learner.device), _to(y, learner.device))
