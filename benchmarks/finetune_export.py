@@ -16,6 +16,9 @@ from typing import Any
 
 from record import machine, versions, write
 
+from octavo.adapting.lora import trainable_parameters
+from octavo.language_model import load
+
 PROMPT, TOKENS = "The ", 32
 LLAMA = """
 import json, sys
@@ -41,19 +44,22 @@ def octavo(*words: str) -> dict[str, Any]:
 def journey(run: str, text: str, folder: Path, steps: int, llama: str | None) -> dict[str, float]:
     tuned, merged, gguf = (str(folder / name) for name in ("tuned", "merged", "m.gguf"))
     settings = ["lora.rank=4", "lora.targets=[q_proj,v_proj]", f"train.max_steps={steps}"]
-    before = octavo("eval", run, "--perplexity", text, "--json")
+    whole, unseen = Path(text).read_text(encoding="utf-8"), folder / "unseen.txt"
+    unseen.write_text(whole[int(len(whole) * 0.9) :], encoding="utf-8")  # what is never trained on
+    before = octavo("eval", run, "--perplexity", str(unseen), "--json")
     octavo("finetune", run, text, "--out", tuned, "--quiet", "optim.lr=3e-3", *settings)
-    after = octavo("eval", tuned, "--json")
-    start = json.loads((folder / "tuned" / "metrics.jsonl").read_text().splitlines()[0])
+    after = octavo("eval", tuned, "--perplexity", str(unseen), "--json")
+    parameters = octavo("plan", run, "--json")["parameters_total"]
+    trained = trainable_parameters(load(tuned).model)
     peft = octavo("export", tuned, "--to", "peft", str(folder / "peft"), "--json")
     back = octavo("import", str(folder / "peft"), str(folder / "b"), "--base", run, "--json")
     octavo("merge", tuned, "--out", merged)
     hf = octavo("export", merged, "--to", "hf", str(folder / "hf"), "--json")
     file = octavo("export", merged, "--to", "gguf", gguf, "--type", "F32", "--json")
     figures = {
-        "perplexity of the base on the whole text": before["perplexity"],
-        "perplexity fine-tuned, on its validation windows": after["perplexity"],
-        "parameters": start["parameters"],
+        "perplexity of the base on the unseen tenth of the text": before["perplexity"],
+        "perplexity fine-tuned, there": after["perplexity"],
+        "share of the weights that stood still": 1 - trained / (parameters + trained),
         "difference to PEFT's logits": peft["difference_to_peft"],
         "difference after PEFT and back, merged": back["largest_change_of_a_logit"],
         "difference to transformers' logits": hf["largest_difference"],

@@ -1,7 +1,7 @@
-"""Fill README's tables from the records: `python benchmarks/tables.py` rewrites README.md.
+"""Fill the pages' tables from the records: `python benchmarks/tables.py` rewrites README and docs.
 
 Whatever stands between ``<!-- record: NAME -->`` and ``<!-- end -->`` is replaced by the newest
-``records/NAME-CPU-DATE.json`` as a table. A test fails while README and records differ.
+``records/NAME-CPU-DATE.json`` as a table. A test fails while pages and records differ.
 """
 
 import json
@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 RECORDS = Path(__file__).parent / "records"
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 MARKED = re.compile(r"(<!-- record: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -20,7 +21,7 @@ def newest(name: str, records: Path = RECORDS) -> dict[str, Any]:
     named = [record for record in found if record["name"] == name]
     if not named:
         raise FileNotFoundError(
-            f"README names the record {name!r}; {records} has none of that name"
+            f"a page names the record {name!r}; {records} has none of that name"
         )
     return named[-1]
 
@@ -53,4 +54,5 @@ def fill(text: str, records: Path = RECORDS) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(fill(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(fill(page.read_text(encoding="utf-8")), encoding="utf-8")

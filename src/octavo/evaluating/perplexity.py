@@ -5,6 +5,7 @@ Sums are kept and divided once. Bits per byte compares models whatever their tok
 
 import math
 from dataclasses import dataclass
+
 import numpy as np
 import torch
 import torch.nn.functional as F
