@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from octavo.commands.export import to_huggingface as to_huggingface
     from octavo.config import Config as Config
     from octavo.config import ModelConfig as ModelConfig
     from octavo.exchanging.huggingface import from_huggingface as from_huggingface
@@ -28,6 +29,7 @@ _HOMES = {
     "load": "octavo.language_model",
     "train": "octavo.training.loop",
     "from_huggingface": "octavo.exchanging.huggingface",
+    "to_huggingface": "octavo.commands.export",
 }
 
 

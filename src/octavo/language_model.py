@@ -43,7 +43,7 @@ def load(path: Path | str, device: str = "auto", base: Path | str | None = None)
         has_tokenizer = (path / "tokenizer.json").is_file()
         model = from_huggingface(path).to(choose_device(device))
         tokenizer = Tokenizer.load(path) if has_tokenizer else None
-        return LanguageModel(model.config, tokenizer, model=model)
+        return LanguageModel(model.config, tokenizer, model=model, home=path)
     run = Run.open(path)
     checkpoint = run.best or run.latest
     if checkpoint is None:
@@ -93,10 +93,15 @@ class LanguageModel:
         run: Run | None = None,
         checkpoint: Path | None = None,
         device: str = "auto",
+        home: Path | None = None,
     ) -> None:
-        """Give either a ``model`` or the ``run`` and ``checkpoint`` it is read from when needed."""
+        """Give either a ``model`` or the ``run`` and ``checkpoint`` it is read from when needed.
+
+        ``home`` is the directory it came from, a run's own where there is one.
+        """
         self.config, self.run, self.checkpoint, self.device = config, run, checkpoint, device
         self._tokenizer = tokenizer
+        self.home = run.path if run else home
         self.base: LanguageModel | None = None
         if model is not None:
             self.model = model.eval()
@@ -121,6 +126,11 @@ class LanguageModel:
                 fix="use generate_ids, or put a tokenizer.json beside it",
             )
         return self._tokenizer
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether it takes and gives texts, not only ids."""
+        return self._tokenizer is not None
 
     def generate(
         self,

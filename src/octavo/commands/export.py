@@ -52,47 +52,60 @@ def run(args: Namespace, settings: list[str]) -> None:
     source, target = args.words
     refuse_occupied(Path(target), args.force)
     lm = load(source, device="cpu", base=args.base)
-    write = {"hf": _to_huggingface, "gguf": _to_gguf, "peft": _to_peft}[args.to]
-    print_facts({"path": target, **write(lm, Path(source), target, args)}, args.json)
+    match args.to:
+        case "hf":
+            facts = to_huggingface(lm, target, args.architecture, args.force)
+        case "gguf":
+            facts = _to_gguf(lm, target, args)
+        case _:
+            facts = _to_peft(lm, target, args)
+    print_facts({"path": target, **facts}, args.json)
 
 
-def _to_huggingface(
-    lm: "LanguageModel", source: Path, target: str, args: Namespace
+def to_huggingface(
+    lm: "LanguageModel",
+    directory: Path | str,
+    architecture: str | None = None,
+    force: bool = False,
 ) -> dict[str, Any]:
+    """Write ``lm`` as a directory that transformers loads in one step; return the parity figures.
+
+    Raises `ConfigError` where no stock class holds the model or something lies at ``directory``,
+    and `ParityError` where transformers computes something else; then nothing is left.
+    """
     from octavo.exchanging.exporting import export_huggingface
     from octavo.exchanging.model_card import facts_of
     from octavo.exchanging.tokenizer_config import read_settings
 
-    home = lm.run.path if lm.run else source
-    tokenizer = lm.tokenizer if (home / "tokenizer.json").exists() else None
+    tokenizer = lm.tokenizer if lm.has_tokenizer else None
     rows, text = comparison_rows(lm, tokenizer)
     exported = export_huggingface(
         lm.model,
         tokenizer,
-        target,
+        directory,
         rows,
         text,
-        name=home.resolve().name,
+        name=lm.home.resolve().name if lm.home else "model",
         facts=facts_of(lm.run, lm.checkpoint) if lm.run and lm.checkpoint else {},
-        tokenizer_config=read_settings(home),
-        architecture=args.architecture,
-        force=args.force,
+        tokenizer_config=read_settings(lm.home) if lm.home else {},
+        architecture=architecture,
+        force=force,
     )
     return {"architecture": exported.architecture, **dataclasses.asdict(exported.parity)}
 
 
-def _to_gguf(lm: "LanguageModel", source: Path, target: str, args: Namespace) -> dict[str, Any]:
+def _to_gguf(lm: "LanguageModel", target: str, args: Namespace) -> dict[str, Any]:
     from octavo.exchanging.gguf import export_gguf
 
     rows, text = comparison_rows(lm, lm.tokenizer)
     return export_gguf(lm, target, args.type, rows=rows, text=text, architecture=args.architecture)
 
 
-def _to_peft(lm: "LanguageModel", source: Path, target: str, args: Namespace) -> dict[str, Any]:
+def _to_peft(lm: "LanguageModel", target: str, args: Namespace) -> dict[str, Any]:
     from octavo.exchanging.peft import to_peft
 
     if lm.base is None or lm.base.run is None:
-        raise ConfigError(f"{source} has no adapter", fix="name a run of octavo finetune")
+        raise ConfigError(f"{lm.home} has no adapter", fix="name a run of octavo finetune")
     base = lm.base.run.path.name
     return {
         "base": base,
