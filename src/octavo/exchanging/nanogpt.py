@@ -86,10 +86,9 @@ def _weight(weights: Mapping[str, Tensor], module: str) -> Tensor:
 def _unpickle(file: Path) -> Mapping[str, Any]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpicklers fail in every way there is
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except Exception:  # unpicklers fail in every way there is, and torch's text advises to trust
         raise CheckpointError(
-            f"{file.name} is damaged or holds more than data, and was not run: {reason}",
+            f"{file.name} is damaged or holds more than data, and was not run",
             f"in {file.parent}",
             "where you trust it, load it and save its tensors and numbers alone",
         ) from None
