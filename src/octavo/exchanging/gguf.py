@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -25,9 +25,7 @@ from octavo.exchanging.gguf_vocabulary import Vocabulary, make_vocabulary
 from octavo.exchanging.parity import random_rows
 from octavo.model.gpt import GPT
 from octavo.model.layers import ntk_theta, rope_frequencies
-
-if TYPE_CHECKING:
-    from octavo.language_model import LanguageModel
+from octavo.text.tokenizer import Tokenizer
 
 Kind = Literal["F32", "F16", "Q8_0", "Q4_0"]
 FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "Q4_0": 2}
@@ -35,6 +33,25 @@ BLOCK = 32  # weights that share a scale in Q8_0 and Q4_0
 STATES_A_WIDTH = 64  # hidden states for each of their dimensions, to fit an output row to
 FAR_BELOW = 10.0  # the likeliest logit: a probability below e^-10
 YARN_BETAS = (32.0, 1.0)  # llama.cpp has no others for these architectures
+
+
+class Exportable(Protocol):
+    """A `LanguageModel`, or anything of its shape."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's."""
+        ...
+
+    @property
+    def model(self) -> GPT:
+        """The module."""
+        ...
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """What its ids mean."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -87,7 +104,7 @@ MODULES = {
 
 
 def export_gguf(
-    lm: "LanguageModel",
+    lm: Exportable,
     path: Path | str,
     kind: Kind = "F16",
     *,
@@ -104,6 +121,8 @@ def export_gguf(
     """
     from octavo.exchanging.gguf_check import check
 
+    if not isinstance(lm.model, GPT):
+        raise ConfigError("a classifier writes no text", fix="export its base")
     family = choose_family(lm.config, architecture)
     arch = ARCHITECTURES[family.name]
     refuse_unknown(lm.config, arch)
@@ -164,7 +183,6 @@ def stock_model(model: GPT, arch: Architecture, vocabulary: Vocabulary) -> GPT:
             norm_bias=config.norm == "layernorm",
             tie_embeddings=config.tie_embeddings and not (arch.own_head or vocabulary.end_is_new),
             mlp="gelu_tanh" if config.mlp == "gelu" else config.mlp,
-            dropout=0.0,
         )
     )
     given, ours = model.state_dict(), stock.state_dict()

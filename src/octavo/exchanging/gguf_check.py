@@ -5,13 +5,14 @@ reader into our model, by transformers where it knows the architecture, and by l
 where llama-cpp-python is installed. Each must give the same logits, perplexity and greedy text.
 """
 
+import importlib
 import io
 import math
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,11 +22,10 @@ from torch import Tensor
 from octavo.config import ModelConfig, RopeScaling
 from octavo.errors import ParityError
 from octavo.exchanging.families import FAMILIES, QKV, Family
-from octavo.exchanging.gguf import ARCHITECTURES, Kind, gguf_name, import_gguf, pack
+from octavo.exchanging.gguf import ARCHITECTURES, Exportable, Kind, gguf_name, import_gguf, pack
 from octavo.exchanging.gguf_vocabulary import Vocabulary
 from octavo.exchanging.parity import (
     LENGTH,
-    PROMPT,
     REPORT,
     ROWS,
     WRITTEN,
@@ -35,9 +35,7 @@ from octavo.exchanging.parity import (
 )
 from octavo.model.gpt import GPT
 
-if TYPE_CHECKING:
-    from octavo.language_model import LanguageModel
-
+PROMPT = 8
 # Largest difference of two logits, as a share of the largest.
 EXACT = 1e-5  # fp32 sums in another order
 TANH_GELU = 1e-2  # where the model has the exact GELU
@@ -58,7 +56,7 @@ class Runtime:
 
 def check(
     path: Path,
-    lm: "LanguageModel",
+    lm: Exportable,
     stock: GPT,
     family: Family,
     vocabulary: Vocabulary,
@@ -70,18 +68,23 @@ def check(
     Returns the figures. Raises `ParityError` for the first that is too large.
     """
     texts = torch.from_numpy(rows[:ROWS, : LENGTH + 1].astype(np.int64))
+    vocab_size = lm.tokenizer.vocab_size
     before = _check_stock(lm, stock, texts)
     reference = rounded(stock, kind)
-    after = _perplexity(lambda ids: _ours(reference, ids), texts)
     greedy = _greedy_text(reference, texts[0])
-    parity = {
-        runtime.name: _compare(runtime, reference, texts, greedy)
-        for runtime in _runtimes(path, lm, family, stock.config, kind)
+    losses = [_loss(_ours(reference, text[:-1]), text) for text in texts]
+    differences, ends = {}, []
+    for runtime in _runtimes(path, lm, family, stock.config, kind):
+        differences[runtime.name] = _compare(runtime, reference, texts, greedy, vocab_size)
+        if vocabulary.end_is_new:
+            ends.append(_likeliest_end(runtime, [*texts[:, :-1], greedy]))
+    figures = {
+        "perplexity": before,
+        "perplexity_of_the_file": math.exp(sum(losses) / len(losses)),
+        "logits_differ_by": differences,
+        "greedy_tokens_equal": len(greedy) - _prompt_length(stock.config),
     }
-    figures = {"perplexity": before, "perplexity_of_the_file": after, "logits_differ_by": parity}
-    if vocabulary.end_is_new:
-        figures["likeliest_end"] = _check_end(reference, [*texts[:, :-1], greedy])
-    return figures
+    return figures | ({"likeliest_end": max(ends)} if ends else {})
 
 
 def rounded(stock: GPT, kind: Kind) -> GPT:
@@ -182,7 +185,7 @@ def _frequencies(model: GPT, tensors: dict[str, Tensor]) -> Tensor:
 
 
 def _runtimes(
-    path: Path, lm: "LanguageModel", family: Family, config: ModelConfig, kind: Kind
+    path: Path, lm: Exportable, family: Family, config: ModelConfig, kind: Kind
 ) -> Iterator[Runtime]:
     """Everyone at hand who reads the file."""
     ours = read_gguf(path)
@@ -211,7 +214,7 @@ def _transformers(transformers: Any, path: Path, family: Family, config: ModelCo
     )
 
 
-def _llama_cpp(llama_cpp: Any, path: Path, lm: "LanguageModel", kind: Kind) -> Runtime:
+def _llama_cpp(llama_cpp: Any, path: Path, lm: Exportable, kind: Kind) -> Runtime:
     """llama.cpp itself, having seen that it cuts a text into the same tokens."""
     llama = llama_cpp.Llama(
         str(path), n_ctx=lm.config.block_size, logits_all=True, verbose=False, type_k=0, type_v=0
@@ -231,10 +234,9 @@ def _llama_cpp(llama_cpp: Any, path: Path, lm: "LanguageModel", kind: Kind) -> R
 
 def _import_llama_cpp() -> Any:
     try:
-        import llama_cpp
+        return importlib.import_module("llama_cpp")  # optional, and in no extra of ours
     except ImportError:
         return None
-    return llama_cpp
 
 
 @torch.inference_mode()
@@ -243,47 +245,66 @@ def _ours(model: GPT, ids: Tensor) -> Tensor:
     return model(ids[None].to(model.tok_emb.weight.device))[0].float().cpu()
 
 
-def _check_stock(lm: "LanguageModel", stock: GPT, texts: Tensor) -> float:
+def _check_stock(lm: Exportable, stock: GPT, texts: Tensor) -> float:
     """See that the architecture's shape computes what ``lm`` does; return its perplexity."""
     vocab_size = lm.tokenizer.vocab_size
     tolerance = TANH_GELU if lm.config.mlp == "gelu" else EXACT
-    before = Runtime("the model", lambda ids: _ours(lm.model, ids)[:, :vocab_size], tolerance)
+    shaped = Runtime("the model in llama.cpp's shape", lambda ids: _ours(stock, ids), tolerance)
+    losses = []
     for text in texts:
-        _difference(before, _ours(stock, text[:-1])[:, :vocab_size], text[:-1])
-    return _perplexity(before.logits, texts)
+        ours = _ours(lm.model, text[:-1])[:, :vocab_size]
+        _difference(shaped, shaped.logits(text[:-1])[:, :vocab_size], ours)
+        losses.append(_loss(ours, text))
+    return math.exp(sum(losses) / len(losses))
 
 
-@torch.inference_mode()
 def _greedy_text(model: GPT, text: Tensor) -> Tensor:
     """The beginning of ``text`` and what the model likes best after it."""
-    ids = text[: max(min(PROMPT, len(text) // 2), 1)]
+    ids = text[: _prompt_length(model.config)]
     for _ in range(min(WRITTEN, model.config.block_size - len(ids))):
         ids = torch.cat([ids, _ours(model, ids)[-1:].argmax(dim=1)])
     return ids
 
 
-@torch.inference_mode()
-def _compare(runtime: Runtime, reference: GPT, texts: Tensor, greedy: Tensor) -> float:
-    """Hold ``runtime`` against the reference; return how far its logits are."""
-    differences = [_difference(runtime, _ours(reference, text[:-1]), text[:-1]) for text in texts]
-    here = _perplexity(lambda ids: _ours(reference, ids), texts)
-    there = _perplexity(runtime.logits, texts)
-    if not math.isclose(here, there, rel_tol=runtime.tolerance):
+def _compare(
+    runtime: Runtime, reference: GPT, texts: Tensor, greedy: Tensor, vocab_size: int
+) -> float:
+    """Hold ``runtime`` against the reference; return how far its logits are.
+
+    An added end of text counts in the perplexity only: its logits, near -100, are no measure.
+    """
+    differences, here, there = [], [], []
+    for text in texts:
+        wanted, given = _ours(reference, text[:-1]), runtime.logits(text[:-1])
+        differences.append(_difference(runtime, given[:, :vocab_size], wanted[:, :vocab_size]))
+        here.append(_loss(wanted, text))
+        there.append(_loss(given, text))
+    ours, theirs = (math.exp(sum(losses) / len(losses)) for losses in (here, there))
+    if not math.isclose(ours, theirs, rel_tol=runtime.tolerance):
         raise ParityError(
-            f"{runtime.name} finds a perplexity of {there:.6g}, not {here:.6g}", fix=REPORT
+            f"{runtime.name} finds a perplexity of {theirs:.6g}, not {ours:.6g}", fix=REPORT
         )
-    begin = max(min(PROMPT, texts.size(1) // 2), 1)
-    logits = runtime.logits(greedy[:-1])[begin - 1 :]
-    chosen = logits.gather(1, greedy[begin:, None])[:, 0]
-    behind = logits.max(dim=1).values - chosen  # more than 0 where two ids are as good as tied
-    if (behind > 2 * runtime.tolerance * logits.abs().max()).any():
-        raise ParityError(f"{runtime.name} writes another greedy text", fix=REPORT)
+    _compare_greedy(runtime, greedy, _prompt_length(reference.config))
     return max(differences)
 
 
-def _difference(runtime: Runtime, wanted: Tensor, ids: Tensor) -> float:
-    """The largest difference from the logits ``wanted`` (T, V), as a share of the largest."""
-    given = runtime.logits(ids)
+def _compare_greedy(runtime: Runtime, greedy: Tensor, begin: int) -> None:
+    """See that ``runtime`` would write the ids that ``greedy`` has from ``begin`` on."""
+    wanted = greedy[begin:, None]
+    logits = runtime.logits(greedy)
+    allowed = 2 * runtime.tolerance * logits.abs().max()  # for ids that are as good as tied
+    logits = logits[begin - 1 : -1]
+    if (logits.amax(dim=1) - logits.gather(1, wanted)[:, 0] > allowed).any():
+        raise ParityError(f"{runtime.name} writes another greedy text", fix=REPORT)
+
+
+def _prompt_length(config: ModelConfig) -> int:
+    """The ids that a greedy text begins with."""
+    return max(min(PROMPT, config.block_size // 2), 1)
+
+
+def _difference(runtime: Runtime, given: Tensor, wanted: Tensor) -> float:
+    """The largest difference of two logits (T, V), as a share of the largest."""
     difference = ((given - wanted).abs().max() / wanted.abs().max()).item()
     if not difference <= runtime.tolerance:
         raise ParityError(
@@ -294,20 +315,18 @@ def _difference(runtime: Runtime, wanted: Tensor, ids: Tensor) -> float:
     return difference
 
 
-def _perplexity(logits: Callable[[Tensor], Tensor], texts: Tensor) -> float:
-    """The exponential of the loss on ``texts`` (N, T + 1)."""
-    losses = [F.cross_entropy(logits(text[:-1]), text[1:]).item() for text in texts]
-    return math.exp(sum(losses) / len(losses))
+def _loss(logits: Tensor, text: Tensor) -> float:
+    """Nats a token of ``text`` (T + 1,) by the logits (T, V) after each of its tokens."""
+    return F.cross_entropy(logits, text[1:]).item()
 
 
-def _check_end(reference: GPT, texts: list[Tensor]) -> float:
+def _likeliest_end(runtime: Runtime, texts: list[Tensor]) -> float:
     """The largest probability that an added end-of-text token ever has."""
-    probabilities = [_ours(reference, ids).softmax(dim=1)[:, -1] for ids in texts]
-    likeliest = torch.cat(probabilities).max().item()
+    likeliest = max(runtime.logits(ids).softmax(dim=1)[:, -1].max().item() for ids in texts)
     if not likeliest <= LIKELIEST_END:
         raise ParityError(
-            f"llama.cpp wants an end-of-text token, and with a probability of {likeliest:.2g} "
-            "would write the one that was added",
+            f"llama.cpp wants an end-of-text token, and {runtime.name} gives the one that was "
+            f"added a probability of {likeliest:.2g}",
             fix="train with data.separator=true, so that the model knows one",
         )
     return likeliest

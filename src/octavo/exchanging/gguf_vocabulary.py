@@ -26,7 +26,7 @@ LLAMA3 = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 QWEN2 = LLAMA3.replace("{1,3}", "")
-PRE_TOKENIZERS = {
+PRE_TOKENIZERS: dict[tuple[str, ...], str] = {
     ("gpt-2",): "gpt-2",
     ("digits", "gpt-2"): "smollm",
     (LLAMA3,): "llama-bpe",
@@ -103,7 +103,7 @@ def _merges(spec: Spec) -> Iterator[tuple[str, str]]:
     special = {token["content"] for token in spec["added_tokens"]}
     characters = map(_spelled, spec["model"]["vocab"].keys() - special)
     pairs = {(c[:cut], c[cut]) for c in characters for cut in range(1, len(c))}
-    yield from sorted(pairs, key=lambda pair: (len(pair[0]), pair))
+    yield from sorted(pairs)  # no order is wrong: each needs the one before it
 
 
 def _spelled(text: str) -> str:
