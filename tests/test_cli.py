@@ -227,13 +227,16 @@ def test_interactive_in_a_terminal_where_ctrl_c_stops_the_text_only(run, folder)
     )  # fmt: skip
     os.close(follower)
 
+    unread = bytearray()
+
     def read_until(wanted=b"", at_least=0):
-        seen, deadline = b"", time.monotonic() + 60
-        while wanted not in seen or len(seen) < at_least:
-            assert time.monotonic() < deadline, seen
+        """Take what came up to ``wanted``; what came after it waits for the next call."""
+        deadline = time.monotonic() + 60
+        while wanted not in unread or len(unread) < at_least:
+            assert time.monotonic() < deadline, unread
             if select.select([leader], [], [], 0.1)[0]:
-                seen += os.read(leader, 65536)
-        return seen
+                unread.extend(os.read(leader, 65536))
+        del unread[: unread.index(wanted) + len(wanted)]
 
     read_until(b"> ")
     os.write(leader, b"She sells\n")

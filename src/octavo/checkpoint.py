@@ -82,6 +82,25 @@ class Run:
         return cls(path)
 
     @classmethod
+    def create_with_weights(
+        cls,
+        path: Path | str,
+        config: Config,
+        tokenizer: "Tokenizer | None",
+        files: Mapping[str, bytes],
+        weights: Mapping[str, "Tensor | np.ndarray"],
+        facts: Mapping[str, Any] | None = None,
+    ) -> "Run":
+        """Like `create`, with ``weights`` as the checkpoint of step 0: training begins there."""
+        refuse_occupied(Path(path))
+        target = Path(os.path.realpath(path))
+        with disk.errors(f"create the run {path}"), disk.scratch(target.parent, "run") as temp:
+            run = cls.create(temp / "run", config, tokenizer, files)
+            run.save(0, weights, {}, {}, keep=1, facts=facts)
+            disk.publish(run.path, target)
+        return cls(Path(path))
+
+    @classmethod
     def open(cls, path: Path | str) -> "Run":
         """The run at ``path``, which may also be one of a run's checkpoints: then pinned to it."""
         path = Path(path)

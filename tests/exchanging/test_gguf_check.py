@@ -103,6 +103,15 @@ def test_another_perplexity_is_refused(lm, llama_cpp, tmp_path, monkeypatch):
         export_gguf(lm, tmp_path / "model.gguf")
 
 
+def test_an_added_end_that_llama_cpp_would_write_is_refused(lm, llama_cpp, tmp_path, monkeypatch):
+    lm = LanguageModel(lm.config, Tokenizer.char(TEXT), model=lm.model)  # its last id is padding
+    assert export_gguf(lm, tmp_path / "model.gguf")["likeliest_end"] < 0.1
+    monkeypatch.setattr(gguf_check, "_compare", lambda *everything: 0.0)
+    llama_cpp.spoil = lambda logits: np.pad(logits[:, :-1], ((0, 0), (0, 1)), constant_values=99)
+    with pytest.raises(ParityError, match=r"1.2 gives the one that was added a probability of 1"):
+        export_gguf(lm, tmp_path / "model.gguf")
+
+
 def test_without_llama_cpp_and_transformers_the_reader_remains(lm, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     monkeypatch.setattr(gguf_check, "import_transformers", lambda: None)

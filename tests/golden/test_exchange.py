@@ -211,7 +211,8 @@ def trained(tmp_path_factory):
 
 
 def options(*words, **more):
-    defaults = dict(to="hf", force=False, json=True, tokenizer=None, architecture=None)
+    defaults = dict(to="hf", type="F16", base=None, force=False, json=True)
+    defaults |= dict(tokenizer=None, architecture=None)
     return Namespace(words=[str(word) for word in words], **(defaults | more))
 
 

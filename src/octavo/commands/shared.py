@@ -48,6 +48,8 @@ def print_facts(facts: dict[str, Any], as_json: bool) -> None:
 def _shown(name: str, value: Any) -> str:
     if name.endswith("_bytes"):
         return f"{value / 1e6:,.1f} MB"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:,.0f}" if 1e3 <= abs(value) < 1e15 else f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value)

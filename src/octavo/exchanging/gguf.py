@@ -140,7 +140,6 @@ def export_gguf(
         disk.sync(path.parent)
     types = [name for name, _ in tensors.values()]
     return {
-        "file": str(path),
         "file_bytes": path.stat().st_size,
         "architecture": arch.name,
         "tensors": {name: types.count(name) for name in sorted(set(types))},

@@ -73,15 +73,17 @@ def check(
     reference = rounded(stock, kind)
     greedy = _greedy_text(reference, texts[0])
     losses = [_loss(_ours(reference, text[:-1]), text) for text in texts]
-    differences, ends = {}, []
+    differences, allowed, ends = {}, {}, []
     for runtime in _runtimes(path, lm, family, stock.config, kind):
         differences[runtime.name] = _compare(runtime, reference, texts, greedy, vocab_size)
+        allowed[runtime.name] = runtime.tolerance
         if vocabulary.end_is_new:
             ends.append(_likeliest_end(runtime, [*texts[:, :-1], greedy]))
     figures = {
         "perplexity": before,
         "perplexity_of_the_file": math.exp(sum(losses) / len(losses)),
         "logits_differ_by": differences,
+        "allowed": allowed,
         "greedy_tokens_equal": len(greedy) - _prompt_length(stock.config),
     }
     return figures | ({"likeliest_end": max(ends)} if ends else {})

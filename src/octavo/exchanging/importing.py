@@ -5,14 +5,12 @@ ours before anything is written. The run that appears holds the weights as step 
 where octavo can represent it, and in data.json what it was imported from, with SHA-256.
 """
 
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from octavo import disk
@@ -104,7 +102,7 @@ def import_model(source: str, target: Path | str, tokenizer: str | None = None) 
     settings = read_settings(found.folder) if found.folder and chosen else {}
     if settings:
         files[TOKENIZER_CONFIG] = to_json(settings)
-    _write(target, config, chosen, files, found.model)
+    Run.create_with_weights(target, config, chosen, files, found.model.state_dict())
     return Imported(
         run=target,
         architecture=found.architecture,
@@ -215,17 +213,6 @@ def _compare(found: Source) -> tuple[float | None, str | None]:
         rows = random_rows(config.vocab_size, min(LENGTH, config.block_size))
         difference = compare_logits(found.model, Stock(module), rows[:, :-1])
     return difference, f"transformers {transformers.__version__}"
-
-
-def _write(
-    target: Path, config: Config, tokenizer: Tokenizer | None, files: dict[str, bytes], model: GPT
-) -> None:
-    """The run appears whole: with its weights, or not at all."""
-    with disk.errors(f"create the run {target}"), disk.scratch(target.parent, "import") as temp:
-        run = Run.create(temp / "run", config, tokenizer, files)
-        state = {"scaler": {}, "threads": torch.get_num_threads()}  # of a training not begun
-        run.save(0, model.state_dict(), {}, state, keep=1)
-        disk.publish(run.path, Path(os.path.realpath(target)))
 
 
 def _fetch(name: str) -> Path:

@@ -1,7 +1,6 @@
 """A run of a larger model that begins where another run's model stands."""
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,9 @@ def grow_run(lm: LanguageModel, out: Path | str, settings: list[str]) -> dict[st
         facts |= _losses(lm, run, growth)
     config = dataclasses.replace(config, model=growth.model.config)
     origin = {"grown_from": str(lm.checkpoint.resolve())}
-    _write(Path(os.path.realpath(out)), run, config, files, growth, origin | facts)
+    Run.create_with_weights(
+        out, config, run.tokenizer, files, growth.model.state_dict(), origin | facts
+    )
     return facts
 
 
@@ -79,19 +80,3 @@ def _losses(lm: LanguageModel, run: Run, growth: Growth) -> dict[str, Any]:
         return {"remarks": ["there is no validation text to say what the change costs"]}
     before, after = (score_windows(model, *val).loss for model in (lm.model, growth.model))
     return {"loss_before": before, "loss_after": after, "change_in_loss": after - before}
-
-
-def _write(
-    target: Path,
-    old: Run,
-    config: Config,
-    files: dict[str, bytes],
-    growth: Growth,
-    facts: dict[str, Any],
-) -> None:
-    """The run appears whole, with its weights: without them `train` would draw others."""
-    with disk.errors(f"create the run {target}"), disk.scratch(target.parent, "grow") as temp:
-        run = Run.create(temp / "run", config, old.tokenizer, files)
-        state = {"scaler": {}, "threads": torch.get_num_threads()}  # of a training not begun
-        run.save(0, growth.model.state_dict(), {}, state, keep=1, facts=facts)
-        disk.publish(run.path, target)

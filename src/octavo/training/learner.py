@@ -121,14 +121,14 @@ def restore(learner: Learner, run: Run, display: Display) -> None:
     if run.latest is None:
         return
     saved = run.load(run.latest)
-    state = dict(saved.state)
-    threads = state.pop("threads")
+    state = dict(saved.state)  # empty where training never began
+    threads = state.pop("threads", torch.get_num_threads())
     if threads != torch.get_num_threads():
         display.say(
             f"warning: the run used {threads} threads, this process uses "
             f"{torch.get_num_threads()}: what follows will not be bit for bit the same"
         )
-    if scaler := state.pop("scaler"):
+    if scaler := state.pop("scaler", None):
         learner.scaler.load_state_dict(scaler)
     load_trained(learner.model, saved.model_tensors())
     load_optimizer_tensors(learner.optimizer, learner.model, saved.optimizer_tensors())

@@ -12,7 +12,6 @@ from octavo.config import FinetuneConfig, LoraConfig
 from octavo.errors import ConfigError, ParityError
 from octavo.exchanging.peft import from_peft
 from octavo.language_model import LanguageModel
-from octavo.training.learner import Progress
 from octavo.training.task import DATA
 
 TOLERANCE = 1e-5  # of the largest logit
@@ -63,9 +62,8 @@ def _write_merged(
     plain = dataclasses.replace(config, lora=LoraConfig(), finetune=labels)
     taken = [source.path / name for name in (DATA, "tokenizer_config.json")]
     files = {path.name: path.read_bytes() for path in taken if path.exists()}
-    run = Run.create(out, plain, source.tokenizer, files=files)
-    state = vars(Progress()) | {"scaler": {}, "threads": torch.get_num_threads()}
     figures = {"largest_change_of_a_logit": difference}
-    with run.locked():
-        run.save(0, model.state_dict(), {}, state, keep=1, facts=facts | figures)
+    Run.create_with_weights(
+        out, plain, source.tokenizer, files, model.state_dict(), facts | figures
+    )
     return figures | {"parameters": sum(p.numel() for p in model.parameters())}
