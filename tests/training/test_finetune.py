@@ -16,6 +16,7 @@ from octavo.training.learner import optimizer_step
 from octavo.training.loop import train
 from octavo.training.merging import merge_run
 from octavo.training.request import finetune_request
+from octavo.training.task import judge_validation
 
 TEXT = "the cat sat on the mat and the dog sat on the log. " * 60
 OTHER = (
@@ -210,6 +211,7 @@ def test_a_classifier_learns_a_toy_task(folder, tmp_path, how):
     assert [found.label for found in lm.classify(["the cat", "a dog"])] == ["feline", "canine"]
     with pytest.raises(ConfigError, match="does not write"):
         lm.generate("the")
+    assert judge_validation(lm).accuracy == last["val_accuracy"]
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,19 @@
 """`octavo eval`: judge a model."""
 
 from argparse import Namespace
+from typing import TYPE_CHECKING, Any
 
 from octavo.commands.shared import Option, one_run, print_facts
+from octavo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from octavo.language_model import LanguageModel
 
 WORDS = "RUN"
 TAKES_SETTINGS = False
 PAGE = """\
-How surprised is a model by a text: nats a token, perplexity, bits a byte.
+How surprised is a model by a text: nats a token, perplexity, bits a byte. A classifier: how often
+it is right.
 
   octavo eval runs/my                             on the text it was validated on
   octavo eval runs/my --perplexity other.txt      on any text, however long"""
@@ -19,6 +25,7 @@ def add_options(option: Option) -> None:
     option(
         "--stride", type=int, metavar="N", help="tokens between windows; default: half a context"
     )
+    option("--base", metavar="RUN", help="where an adapter's base is, if it was moved")
     option("--device", default="auto", metavar="D", help="cuda, mps, cpu or auto")
     option("--json", action="store_true", help="print one JSON object")
 
@@ -27,7 +34,10 @@ def run(args: Namespace, settings: list[str]) -> None:
     """Do it."""
     from octavo.language_model import load
 
-    lm = load(one_run(args.words), device=args.device)
+    lm = load(one_run(args.words), device=args.device, base=args.base)
+    if lm.run and lm.run.config.finetune.labels:
+        print_facts(_of_labels(lm, args.perplexity), args.json)
+        return
     if args.perplexity:
         from octavo.text.corpus import read_corpus
 
@@ -46,3 +56,16 @@ def run(args: Namespace, settings: list[str]) -> None:
         "bytes": score.bytes,
     }
     print_facts(facts, args.json)
+
+
+def _of_labels(lm: "LanguageModel", text: str | None) -> dict[str, Any]:
+    """A classifier's figures on its validation texts."""
+    from octavo.training.task import judge_validation
+
+    if text:
+        raise ConfigError("a classifier has no perplexity", fix="leave --perplexity out")
+    figures = judge_validation(lm).to_dict()
+    labels = figures.pop("labels")
+    f1 = {label: each["f1"] for label, each in labels.items()}
+    del figures["confusion"]  # its picture says more: confusion.png in the run
+    return {**figures, "f1": f1}

@@ -42,6 +42,7 @@ def add_options(option: Option) -> None:
     option("--n", type=int, default=1, metavar="K", help="write K texts")
     option("--stream", action="store_true", help="print as it is written; a terminal always does")
     option("--interactive", action="store_true", help="prompt after prompt; Ctrl-D ends")
+    option("--base", metavar="RUN", help="where an adapter's base is, if it was moved")
     option("--device", default="auto", metavar="D", help="cuda, mps, cpu or auto")
     option("--json", action="store_true", help="print one JSON object")
 
@@ -51,7 +52,7 @@ def run(args: Namespace, settings: list[str]) -> None:
     from octavo.generating.terminal import talk, write_out
     from octavo.language_model import load
 
-    lm = load(one_run(args.words), device=args.device)
+    lm = load(one_run(args.words), device=args.device, base=args.base)
     sampling = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
     options = {"max_new_tokens": args.max_new_tokens, "stop": args.stop, "preset": args.preset}
     if args.interactive:

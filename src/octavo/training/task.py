@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from octavo.adapting.classify import Classifier, Report, evaluate_labels
 from octavo.checkpoint import weights_sha256
 from octavo.config import Config, DataConfig, ModelConfig
 from octavo.errors import ConfigError, DataError
@@ -183,6 +184,16 @@ def check_same_text(task: Task, run: Path) -> None:
 
 def score_validation(lm: LanguageModel) -> Score:
     """The loss of a run's model on the validation windows it was trained with."""
+    return score_windows(lm.model, *_validation(lm), lm.tokenizer.byte_lengths())
+
+
+def judge_validation(lm: LanguageModel) -> Report:
+    """How well a run's classifier sorts the validation texts it was trained beside."""
+    assert isinstance(lm.model, Classifier)
+    return evaluate_labels(lm.model, *_validation(lm))
+
+
+def _validation(lm: LanguageModel) -> tuple[np.ndarray, np.ndarray]:
     if lm.run is None or lm.run.config.data.source is None:
         raise ConfigError(
             "this model came from elsewhere, without a validation text", fix="use --perplexity FILE"
@@ -190,7 +201,7 @@ def score_validation(lm: LanguageModel) -> Score:
     task = prepare(lm.run.config, "cpu", lm.run.path, lm.tokenizer)
     if task.val is None:
         raise ConfigError(f"{lm.run.path} has no validation text", fix="use --perplexity FILE")
-    return score_windows(lm.model, *task.val, task.byte_lengths)
+    return task.val
 
 
 def flatten(config: Config) -> dict[str, Any]:
