@@ -156,6 +156,26 @@ def test_resumed_equals_undisturbed_bitwise(text, tmp_path, settings, monkeypatc
     assert losses_of(tmp_path / "cut") == losses_of(tmp_path / "whole")
 
 
+def test_a_validation_is_not_counted_twice_by_a_resume(text, tmp_path, monkeypatch):
+    """The best step is saved after its validation; doing that again would use up patience."""
+    plain, seen = learner_module.optimizer_step, []
+
+    def killed(learner, with_layers=False):
+        seen.append(1)
+        if len(seen) == 3:
+            raise MemoryError("as good as kill -9")
+        return plain(learner, with_layers)
+
+    settings = ("eval.every=2", "checkpoint.every=0")
+    monkeypatch.setattr("octavo.training.loop.optimizer_step", killed)
+    with pytest.raises(MemoryError):
+        train(config(text, *settings), tmp_path / "run", quiet=True)
+    monkeypatch.undo()
+    train(config(text, *settings), tmp_path / "run", resume=True, quiet=True)
+    evaluated = [e["step"] for e in events(tmp_path / "run") if e["event"] == "eval"]
+    assert evaluated == [2, 4, 6, 8]
+
+
 def stop_after(monkeypatch, steps, number=signal.SIGINT):
     """Send this process a signal in the middle of its ``steps``-th optimizer step."""
     plain, seen = learner_module.optimizer_step, []
