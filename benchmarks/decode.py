@@ -24,8 +24,8 @@ def model() -> Any:
     """Random weights, larger than a fresh model's: what it writes is then decided clearly."""
     import torch
 
-    from octavo.config import ModelConfig
     from octavo.model.gpt import GPT
+    from octavo.model_config import ModelConfig
 
     shape = {"vocab_size": 65, "block_size": 256, "n_layer": 6, "n_head": 6, "d_model": 384}
     ours = GPT(ModelConfig(**shape, position="learned", norm="layernorm", mlp="gelu"))

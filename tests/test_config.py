@@ -17,13 +17,13 @@ from octavo.config import (
     LogConfig,
     ModelConfig,
     OptimConfig,
-    RopeScaling,
     TrainConfig,
     build_config,
     load_config,
     to_yaml,
 )
 from octavo.errors import ConfigError
+from octavo.model_config import RopeScaling
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ __version__ = "0.1.0"
 # Names are fetched on first use, so that `import octavo` costs nothing and writing needs no torch.
 _HOMES = {
     "Config": "octavo.config",
-    "ModelConfig": "octavo.config",
+    "ModelConfig": "octavo.model_config",
     "GPT": "octavo.model.gpt",
     "LanguageModel": "octavo.language_model",
     "load": "octavo.language_model",

@@ -56,6 +56,8 @@ ALIASES: dict[str, dict[str, str]] = {
         "use_lora": "lora.rank",  # true: as wide as lora_rank says
         "lora_rank": "lora.rank",
         "lora_alpha": "lora.alpha",
+        "quantize": "train.quantize",
+        "speculative_sampling": "train.draft",
     },
 }
 VALUE_ALIASES = {"mlp": {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}}

@@ -12,9 +12,9 @@ from octavo.adapting.classify import (
     evaluate_labels,
     label_probabilities,
 )
-from octavo.config import ModelConfig
 from octavo.errors import DataError
 from octavo.model.gpt import GPT, cross_entropy
+from octavo.model_config import ModelConfig
 from octavo.text.batches import shuffled
 from octavo.text.examples import Examples, read_examples, split_examples
 from octavo.text.tokenizer import Tokenizer

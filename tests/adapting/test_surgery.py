@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from octavo.adapting.surgery import linear_layers, swap_linear
-from octavo.config import ModelConfig
 from octavo.errors import ConfigError
 from octavo.model.gpt import GPT
+from octavo.model_config import ModelConfig
 
 SMALL = dict(vocab_size=11, block_size=8, n_layer=2, n_head=2, d_model=8, d_ff=12)
 

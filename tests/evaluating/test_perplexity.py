@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from octavo.config import ModelConfig
 from octavo.evaluating.perplexity import Score, score_windows, strided_windows
 from octavo.model.gpt import GPT
+from octavo.model_config import ModelConfig
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from octavo.config import ModelConfig
 from octavo.errors import ConfigError, MissingExtraError, ParityError
 from octavo.exchanging import exporting
 from octavo.exchanging.exporting import export_huggingface
 from octavo.exchanging.parity import random_rows
 from octavo.model.gpt import GPT
+from octavo.model_config import ModelConfig
 from octavo.text.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers")

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from octavo.config import ModelConfig, RopeScaling
 from octavo.errors import ConfigError, MissingExtraError, ParityError
 from octavo.exchanging import gguf as exporting
 from octavo.exchanging.families import FAMILIES, QKV
@@ -18,6 +17,7 @@ from octavo.exchanging.gguf import ARCHITECTURES, MODULES, export_gguf, gguf_nam
 from octavo.exchanging.gguf_check import read_gguf
 from octavo.language_model import LanguageModel
 from octavo.model.gpt import GPT
+from octavo.model_config import ModelConfig, RopeScaling
 from octavo.text.tokenizer import Tokenizer
 
 gguf = pytest.importorskip("gguf")

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from octavo.config import ModelConfig
 from octavo.errors import ConfigError, ParityError
 from octavo.exchanging import gguf_check
 from octavo.exchanging.gguf import export_gguf
 from octavo.exchanging.gguf_check import read_gguf, rounded
 from octavo.language_model import LanguageModel
 from octavo.model.gpt import GPT
+from octavo.model_config import ModelConfig
 from octavo.text.tokenizer import Tokenizer
 
 pytest.importorskip("gguf")

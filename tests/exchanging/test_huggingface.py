@@ -10,11 +10,11 @@ import json
 import pytest
 import torch
 
-from octavo.config import ModelConfig, RopeScaling
 from octavo.errors import CheckpointError, ConfigError, MissingExtraError
 from octavo.exchanging.families import FAMILIES, PLAIN, SYNONYMS, choose_family, find_family
 from octavo.exchanging.huggingface import from_huggingface, to_huggingface
 from octavo.model.gpt import GPT
+from octavo.model_config import ModelConfig, RopeScaling
 
 transformers = pytest.importorskip("transformers")
 

@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 
 import octavo
 from octavo.checkpoint import Run
-from octavo.config import ModelConfig
 from octavo.errors import CheckpointError, ConfigError, DataError, ParityError, ResourceError
 from octavo.exchanging import importing
 from octavo.exchanging.families import choose_family
 from octavo.exchanging.importing import import_model
 from octavo.model.gpt import GPT
+from octavo.model_config import ModelConfig
 from octavo.text.tokenizer import Tokenizer
 
 TEXT = "abcdefghij klmnop.\n"  # 19 characters

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-from octavo.config import ModelConfig
 from octavo.errors import ParityError
 from octavo.exchanging import parity
 from octavo.exchanging.parity import (
@@ -24,6 +23,7 @@ from octavo.exchanging.parity import (
     random_rows,
 )
 from octavo.model.gpt import GPT
+from octavo.model_config import ModelConfig
 from octavo.text.tokenizer import Tokenizer
 
 CONFIG = ModelConfig(vocab_size=31, block_size=24, n_layer=2, n_head=2, d_model=16)

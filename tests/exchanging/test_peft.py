@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from octavo.adapting.lora import adapted_layers, adapter_state, add_adapter, use_adapters
 from octavo.adapting.surgery import linear_layers
-from octavo.config import ModelConfig
 from octavo.errors import CheckpointError, ConfigError, MissingExtraError, ParityError
 from octavo.exchanging import peft as exchange
 from octavo.exchanging.huggingface import from_huggingface, to_huggingface
 from octavo.exchanging.peft import from_peft, to_peft
 from octavo.model.gpt import GPT
+from octavo.model_config import ModelConfig
 
 peft = pytest.importorskip("peft")
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from octavo.config import ModelConfig
 from octavo.errors import CheckpointError
 from octavo.exchanging.families import choose_family
 from octavo.exchanging.weights import INDEX, read_directory
 from octavo.model.gpt import GPT
+from octavo.model_config import ModelConfig
 
 SIZES = dict(vocab_size=31, block_size=24, n_layer=2, n_head=4, d_model=32, d_ff=56)
 

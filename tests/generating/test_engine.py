@@ -4,12 +4,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from octavo.config import ModelConfig
 from octavo.errors import ConfigError, NonFiniteError
 from octavo.generating.engine import TorchEngine
 from octavo.generating.sampling import PRESETS, Sampling, pick
 from octavo.generating.writing import Slot, window_start
 from octavo.model.gpt import GPT
+from octavo.model_config import ModelConfig
 
 VOCAB = 29
 GREEDY = PRESETS["greedy"]
@@ -35,8 +35,8 @@ def written(engine, prompts, count, sampling=SAMPLED, n=0):
     """What is written after each prompt when all are stepped together."""
     slots = [make_slot(i, prompt, sampling, n) for i, prompt in enumerate(prompts)]
     for _ in range(count):
-        for slot, token in zip(slots, engine.step(slots), strict=True):
-            slot.ids.append(token)
+        for slot, drawn in zip(slots, engine.step(slots), strict=True):
+            slot.ids.extend(drawn)
     for slot in slots:
         engine.release(slot.index)
     return [slot.ids[slot.prompt_length :] for slot in slots]
@@ -107,8 +107,8 @@ def test_rows_that_join_and_leave_write_as_if_alone():
         slots = list(active.values())[::-1]  # the order of a call means nothing
         if not slots:
             break
-        for slot, token in zip(slots, engine.step(slots), strict=True):
-            slot.ids.append(token)
+        for slot, drawn in zip(slots, engine.step(slots), strict=True):
+            slot.ids.extend(drawn)
         for number, slot in list(active.items()):
             if len(slot.ids) - slot.prompt_length == 25:
                 texts[number] = slot.ids[slot.prompt_length :]
@@ -132,8 +132,8 @@ def test_a_slot_may_be_stepped_again_without_appending():
     """A step that failed, or whose token was thrown away, can be repeated."""
     engine = TorchEngine(make_model())
     slot = make_slot(0, [1, 2, 3])
-    first = engine.step([slot])
-    assert engine.step([slot]) == first
+    (first,) = engine.step([slot])
+    assert engine.step([slot]) == [first]
     slot.ids.extend([*first, 4, 5])  # several at once are read at once
     again = make_slot(0, slot.ids)
     again.prompt_length = 3
@@ -167,8 +167,8 @@ def reads(monkeypatch):
 def test_one_step_reads_one_token_and_a_prompt_in_chunks(reads):
     engine = TorchEngine(make_model(), slots=2, chunk=5)
     slots = [make_slot(0, range(12)), make_slot(1, [1, 2, 3])]
-    for slot, token in zip(slots, engine.step(slots), strict=True):
-        slot.ids.append(token)
+    for slot, drawn in zip(slots, engine.step(slots), strict=True):
+        slot.ids.extend(drawn)
     assert reads == [(2, 5), (1, 5), (1, 2)]
     reads.clear()
     slots[1].ids.extend([1, 2, 3])
@@ -218,17 +218,18 @@ def test_top_reports_the_models_log_probabilities(use_cache):
     slot = make_slot(0, [1, 2, 3], Sampling(temperature=5.0, seed=3))
     slot.logprobs = 2
     for _ in range(10):
-        (drawn,) = engine.step([slot])
+        ((drawn,),) = engine.step([slot])
+        (top,) = slot.top
         with torch.no_grad():
             plain = torch.log_softmax(model(torch.tensor([slot.ids]))[0, -1, :VOCAB], -1)
         best = plain.topk(2).indices.tolist()
-        assert [token for token, _ in slot.top] == list(dict.fromkeys([*best, drawn]))
-        for token, logprob in slot.top:
+        assert [token for token, _ in top] == list(dict.fromkeys([*best, drawn]))
+        for token, logprob in top:
             assert logprob == pytest.approx(float(plain[token]), abs=1e-4)
         slot.ids.append(drawn)
     slot.logprobs = 0
     engine.step([slot])
-    assert slot.top == []
+    assert slot.top == [[]]
 
 
 @pytest.mark.parametrize("wrong", [-1, VOCAB, 10**6])

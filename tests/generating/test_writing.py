@@ -5,12 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from octavo.config import ModelConfig
 from octavo.errors import ConfigError, NonFiniteError
 from octavo.generating.engine import TorchEngine
 from octavo.generating.sampling import PRESETS, Sampling
 from octavo.generating.writing import complete, split_at_stop, write
 from octavo.model.gpt import GPT
+from octavo.model_config import ModelConfig
 from octavo.text.tokenizer import Tokenizer
 
 SAMPLING = Sampling(seed=5)
@@ -40,18 +40,28 @@ class TableDecoder:
 
 
 class Script:
-    """An engine that writes what it is told: rows[first id of the prompt], token by token."""
+    """An engine that writes what it is told: rows[first id of the prompt].
 
-    def __init__(self, rows, slots=2):
-        self.rows, self.slots, self.held, self.most = rows, slots, set(), 0
+    It writes ``ahead(slot)`` tokens at once, as far as the protocol lets it.
+    """
 
-    def step(self, slots):
+    def __init__(self, rows, slots=2, ahead=lambda slot: 1):
+        self.rows, self.slots, self.held, self.most, self.ahead = rows, slots, set(), 0, ahead
+
+    def step(self, slots, most=1):
         indices = [slot.index for slot in slots]
         assert len(set(indices)) == len(indices)
         assert set(indices) <= set(range(self.slots))
         self.held.update(indices)
         self.most = max(self.most, len(indices))
-        return [self.rows[slot.ids[0]][len(slot.ids) - slot.prompt_length] for slot in slots]
+        return [self.next(slot, min(most, slot.left, self.ahead(slot))) for slot in slots]
+
+    def next(self, slot, count):
+        done = len(slot.ids) - slot.prompt_length
+        ids = self.rows[slot.ids[0]][done : done + count]
+        ids = ids[: ids.index(slot.eot) + 1] if slot.eot in ids else ids
+        slot.top = [[(token, -float(done + k))] for k, token in enumerate(ids)]
+        return ids
 
     def release(self, index):
         self.held.discard(index)
@@ -177,9 +187,9 @@ def test_copies_are_numbered_within_their_prompt():
     numbers = []
 
     class Spy(Script):
-        def step(self, slots):
+        def step(self, slots, most=1):
             numbers.extend((slot.ids[0], slot.n) for slot in slots)
-            return super().step(slots)
+            return super().step(slots, most)
 
     engine = Spy({0: [0], 1: [1]}, slots=6)
     texts = complete(engine, Table([b"x", b"y"]), [[0], [1]], SAMPLING, 1, n=3)
@@ -189,8 +199,8 @@ def test_copies_are_numbered_within_their_prompt():
 
 def test_an_engine_that_fails_and_a_reader_who_leaves_free_the_slots():
     class Failing(Script):
-        def step(self, slots):
-            super().step(slots)
+        def step(self, slots, most=1):
+            super().step(slots, most)
             raise NonFiniteError("the model's logits are not finite")
 
     failing = Failing({0: [0] * 9})

@@ -16,11 +16,12 @@ import torch
 import octavo
 from octavo.checkpoint import Run
 from octavo.commands import export, import_
-from octavo.config import ModelConfig, RopeScaling, load_config
+from octavo.config import load_config
 from octavo.exchanging.exporting import export_huggingface
 from octavo.exchanging.importing import import_model
 from octavo.exchanging.parity import random_rows
 from octavo.model.gpt import GPT
+from octavo.model_config import ModelConfig, RopeScaling
 from octavo.training.loop import train
 
 transformers = pytest.importorskip("transformers")

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from octavo.config import ModelConfig
 from octavo.model.gpt import GPT
+from octavo.model_config import ModelConfig
 
 TINY = dict(vocab_size=17, block_size=16, n_layer=2, n_head=4, d_model=16, d_ff=24)
 

@@ -5,9 +5,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from octavo.config import ModelConfig
 from octavo.model.counts import cache_bytes, count_parameters, flops_per_token
 from octavo.model.gpt import GPT
+from octavo.model_config import ModelConfig
 
 GPT2 = dict(position="learned", norm="layernorm", mlp="gelu_tanh", bias=True)
 LAYERNORM = dict(norm="layernorm", mlp="gelu")

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from octavo.config import ModelConfig, RopeScaling
 from octavo.errors import ConfigError
 from octavo.model.gpt import GPT, cross_entropy
+from octavo.model_config import ModelConfig, RopeScaling
 
 VARIANTS = [
     *(dict(position=position) for position in ("learned", "rope", "both", "none")),

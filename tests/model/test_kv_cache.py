@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from octavo.config import ModelConfig, RopeScaling
 from octavo.errors import ConfigError
 from octavo.model.counts import cache_bytes
 from octavo.model.kv_cache import KVCache
+from octavo.model_config import ModelConfig, RopeScaling
 
 ARCHITECTURES = [
     dict(position=position, n_kv_head=heads, norm_position=norm_position)

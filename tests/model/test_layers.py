@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from octavo.config import ModelConfig, RopeScaling
 from octavo.model.layers import (
     MLP,
     LayerNorm,
@@ -17,6 +16,7 @@ from octavo.model.layers import (
     rope_table,
     rotate,
 )
+from octavo.model_config import ModelConfig, RopeScaling
 
 ROPE = dict(vocab_size=5, n_head=2, d_model=32, block_size=64)
 

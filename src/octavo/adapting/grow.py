@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octavo.config import ModelConfig
 from octavo.errors import ConfigError, ParityError
 from octavo.model.gpt import GPT
+from octavo.model_config import ModelConfig
 
 GROWABLE = ("n_layer", "d_ff", "block_size", "vocab_size", "n_kv_head")
 TOLERANCE = 1e-5  # of the largest logit: fp32 sums in another order

@@ -10,9 +10,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from octavo.config import ModelConfig
 from octavo.errors import CheckpointError, ConfigError
 from octavo.exchanging.families import COMMON, Family, find_family
+from octavo.model_config import ModelConfig
 
 # What each class assumes where its file is silent. Sizes have no default here: a file without them
 # would be a guess.

@@ -12,9 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from octavo.config import ModelConfig, RopeScaling
 from octavo.errors import CheckpointError, ConfigError
 from octavo.model.layers import ntk_theta
+from octavo.model_config import ModelConfig, RopeScaling
 from octavo.settings import nearest
 
 # Our nonlinearities under transformers' names; in gated MLPs the one on the gate.

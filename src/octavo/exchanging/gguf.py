@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from octavo import disk
-from octavo.config import ModelConfig
 from octavo.errors import ConfigError, MissingExtraError
 from octavo.exchanging.families import QKV, Family, choose_family
 from octavo.exchanging.gguf_vocabulary import Vocabulary, make_vocabulary
 from octavo.exchanging.parity import random_rows
 from octavo.model.gpt import GPT
 from octavo.model.layers import ntk_theta, rope_frequencies
+from octavo.model_config import ModelConfig
 from octavo.text.tokenizer import Tokenizer
 
 Kind = Literal["F32", "F16", "Q8_0", "Q4_0"]

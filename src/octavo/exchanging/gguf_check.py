@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octavo.config import ModelConfig, RopeScaling
 from octavo.errors import ParityError
 from octavo.exchanging.families import FAMILIES, QKV, Family
 from octavo.exchanging.gguf import ARCHITECTURES, Exportable, Kind, gguf_name, import_gguf, pack
@@ -34,6 +33,7 @@ from octavo.exchanging.parity import (
     quiet,
 )
 from octavo.model.gpt import GPT
+from octavo.model_config import ModelConfig, RopeScaling
 
 PROMPT = 8
 # Largest difference of two logits, as a share of the largest.

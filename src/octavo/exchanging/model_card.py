@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from octavo.checkpoint import Run
-from octavo.config import ModelConfig
 from octavo.exchanging.parity import TOLERANCE, Parity
 from octavo.manifest import read_json
 from octavo.model.counts import count_parameters
+from octavo.model_config import ModelConfig
 from octavo.text.tokenizer import Tokenizer
 
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from octavo.config import ModelConfig
 from octavo.errors import CheckpointError
 from octavo.exchanging.families import GPT2
 from octavo.exchanging.weights import BUFFERS, build
 from octavo.model.gpt import GPT
+from octavo.model_config import ModelConfig
 
 NANOGPT = replace(GPT2, name="nanoGPT", transposed=False)
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from octavo.config import ModelConfig
 from octavo.errors import CheckpointError, ResourceError
 from octavo.exchanging.config_json import read_config, to_config
 from octavo.exchanging.families import Family
 from octavo.manifest import read_json
 from octavo.model.gpt import GPT
+from octavo.model_config import ModelConfig
 from octavo.tensors import read_tensors
 
 # Masks and frequencies that older files carry: not weights, and computed anew.

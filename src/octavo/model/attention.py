@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from octavo.config import ModelConfig
 from octavo.model.kv_cache import CacheView
 from octavo.model.layers import RMSNorm, rotate
+from octavo.model_config import ModelConfig
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
 """(q (B,H,T,E), k (B,K,S,E), v (B,K,S,E), mask or None, dropout) to (B,H,T,E)."""

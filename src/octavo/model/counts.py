@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from octavo.config import ModelConfig
+from octavo.model_config import ModelConfig
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from octavo.config import ModelConfig
 from octavo.errors import ConfigError
 from octavo.model.attention import Attend, Attention, sdpa
 from octavo.model.kv_cache import CacheView
 from octavo.model.layers import MLP, make_norm, rope_table
+from octavo.model_config import ModelConfig
 
 
 class Block(nn.Module):

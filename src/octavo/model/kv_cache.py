@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from octavo.config import ModelConfig
+from octavo.model_config import ModelConfig
 
 
 class KVCache:

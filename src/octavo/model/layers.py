@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from octavo.config import ModelConfig, RopeScaling
+from octavo.model_config import ModelConfig, RopeScaling
 
 
 class LayerNorm(nn.Module):
