@@ -51,11 +51,18 @@ def options(description: str) -> argparse.ArgumentParser:
 
 
 def measure(
-    name: str, peers: Peers, check: Callable[[dict[str, Any]], None], unit: str, asked: Any
+    name: str,
+    peers: Peers,
+    check: Callable[[dict[str, Any]], None],
+    unit: str,
+    asked: Any,
+    pairs: list[tuple[str, str]] | None = None,
+    derive: Callable[[dict[str, list[float]]], list[dict[str, Any]]] | None = None,
 ) -> None:
     """Run the benchmark ``name``, print it, record it if asked; exits with 1 where it is refused.
 
-    ``check`` raises unless the peers' answers agree; the first peer is compared with each other.
+    ``check`` raises unless the peers' answers agree. ``pairs`` are compared round by round, the
+    first peer with each other unless they are named; ``derive`` makes more results of the rounds.
     """
     if asked.rounds < FEWEST_ROUNDS and not asked.allow_noise:
         sys.exit(f"error: {asked.rounds} rounds are too few; at least {FEWEST_ROUNDS}")
@@ -82,7 +89,7 @@ def measure(
         "foreign_cpu": round(foreign, 4),
         "steady": round(steady, 3),
         "noisy": foreign > FOREIGN_LIMIT or steady < STEADY_LIMIT,
-        "results": results(figures, list(peers), unit),
+        "results": results(figures, list(peers), unit, pairs) + (derive(figures) if derive else []),
     }
     show(measured)
     if measured["noisy"] and not asked.allow_noise:
@@ -164,13 +171,18 @@ class ForeignCpu:
         return int(after_name[11]) + int(after_name[12])  # user and system
 
 
-def results(figures: dict[str, list[float]], peers: list[str], unit: str) -> list[dict[str, Any]]:
-    """Medians with their ranges; the first peer over each other is compared round by round."""
+def results(
+    figures: dict[str, list[float]],
+    peers: list[str],
+    unit: str,
+    pairs: list[tuple[str, str]] | None = None,
+) -> list[dict[str, Any]]:
+    """Medians with ranges, and the ratios of ``pairs`` (default: the first over each other)."""
     rows = [(what, figures[what], unit) for what in peers]
     rows.append((WITNESS, figures[WITNESS], "GFLOP/s"))
-    for other in peers[1:]:
-        pairs = zip(figures[peers[0]], figures[other], strict=True)
-        rows.append((f"{peers[0]} / {other}", [a / b for a, b in pairs], "×"))
+    for one, other in pairs or [(peers[0], other) for other in peers[1:]]:
+        both = zip(figures[one], figures[other], strict=True)
+        rows.append((f"{one} / {other}", [a / b for a, b in both], "×"))
     return [
         {
             "what": what,

@@ -28,10 +28,29 @@ def root() -> Path:
     return Path(__file__).parents[1]
 
 
+@pytest.fixture(scope="session")
+def native_library(root: Path) -> Path | None:
+    """The native engine's library, compiled once and not once a test; None without a compiler."""
+    from octavo.generating import native_build
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OCTAVO_CACHE", str(root / ".cache"))
+        try:
+            return native_build.built()
+        except native_build.NoLibraryError:
+            return None
+
+
 @pytest.fixture(autouse=True)
-def cache_dir(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where downloads are kept: empty, and this test's alone."""
+def cache_dir(
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    native_library: Path | None,
+) -> Path:
+    """Where downloads are kept: empty but for the native library, and this test's alone."""
     directory = tmp_path_factory.mktemp("cache")
+    if native_library is not None:
+        (directory / native_library.name).symlink_to(native_library)
     monkeypatch.setenv("OCTAVO_CACHE", str(directory))
     return directory
 

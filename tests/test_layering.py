@@ -15,7 +15,7 @@ FLOORS = {
     "model_config": 2,
     "config": 3,
     "model": 4, "text": 4,
-    "checkpoint": 5,
+    "checkpoint": 5, "packed": 5,
     "adapting": 6,
     "generating": 7,
     "evaluating": 8,
@@ -31,7 +31,8 @@ FLOORS = {
 # The way from `octavo generate` to a written token: torch is imported in functions or not at all.
 TORCH_FREE = (
     "__init__", "errors", "settings", "disk", "tensors", "manifest", "model_config", "config",
-    "text", "checkpoint", "generating/sampling", "generating/writing", "generating/terminal",
+    "text", "checkpoint", "packed", "generating/sampling", "generating/writing",
+    "generating/choosing", "generating/native", "generating/speculative", "generating/terminal",
     "language_model", "cli",
 )  # fmt: skip
 FILES = sorted(SOURCE.rglob("*.py"))

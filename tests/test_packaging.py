@@ -83,3 +83,26 @@ def test_the_installed_command_answers_anywhere(installed: Path, tmp_path: Path)
 def test_a_recipe_is_found_by_its_name_from_the_wheel(installed: Path, tmp_path: Path):
     """In the repository the recipes lie in configs/; installed, they must come with the package."""
     assert "parameters" in run(tmp_path, installed / "octavo", "plan", "quickstart.yaml")
+
+
+def test_the_wheel_carries_the_native_engine(dist: Path, installed: Path, tmp_path: Path):
+    """Where it is installed no compiler is needed."""
+    (wheel,) = dist.glob("*.whl")
+    assert not wheel.name.endswith("-any.whl")
+    program = "from octavo.generating.native_build import load_library; print(load_library()._name)"
+    clean = {"PATH": "", "HOME": str(tmp_path)}
+    python = [installed / "python", "-c", program]
+    result = subprocess.run(python, cwd=tmp_path, env=clean, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert Path(result.stdout.strip()).is_relative_to(installed.parent)
+
+
+def test_without_a_compiler_the_wheel_is_pure(tmp_path: Path):
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path)]
+    result = subprocess.run(
+        [*build, str(ROOT)], capture_output=True, text=True, env={**os.environ, "CXX": "false"}
+    )
+    assert result.returncode == 0, result.stderr
+    assert "a wheel without the native engine: false failed" in result.stdout + result.stderr
+    (wheel,) = tmp_path.glob("*-py3-none-any.whl")
+    assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]

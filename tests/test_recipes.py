@@ -74,8 +74,8 @@ def test_every_recipe_trains_and_learns_at_a_reduced_size(path, tmp_path):
         f"data.source={text}", "data.tokenizer=byte", "model.vocab_size=0", "model.block_size=16",
         "model.n_layer=2", "model.n_head=2", "model.d_model=32", "train.max_steps=4",
         "train.micro_batch_size=2", "optim.warmup=1", "optim.lr=1e-2", "eval.every=0",
-        "eval.windows=8", "eval.hellaswag=null", "checkpoint.every=0", "log.every=1",
-        "log.sample_every=0", "log.sample_tokens=4", "train.grad_accum=2",
+        "eval.windows=8", "eval.hellaswag=null", "eval.hellaswag_every=0", "checkpoint.every=0",
+        "log.every=1", "log.sample_every=0", "log.sample_tokens=4", "train.grad_accum=2",
     ]  # fmt: skip
     config = load_config(path, settings)
     result = train(config, tmp_path / "run", quiet=True)

@@ -26,13 +26,18 @@ usage: octavo COMMAND ...        octavo COMMAND --help        octavo --version
 
   train     CONFIG.yaml | TEXT... | RUN   learn from a text, or go on with a run
   generate  RUN --prompt TEXT             let a model write
-  eval      RUN                           how surprised is it by a text
+  eval      RUN                           how surprised is it by a text; HellaSwag and other tasks
   plan      CONFIG.yaml | TEXT...         what a run will cost, before it begins
+  data      prepare | inspect | verify    texts too large for memory become shards of tokens
   finetune  RUN TEXT...                   teach a model something more, with adapters or whole
   merge     RUN --out RUN                 one plain model of a base and its adapter
   grow      RUN --out RUN                 a larger model that computes the same, to train on
+  quantize  RUN --to int8|int4|auto       smaller weights that write faster, with their price
   import    SOURCE RUN                    a model from Hugging Face or nanoGPT becomes a run
   export    RUN --to hf|gguf|peft PATH    a run leaves for transformers, llama.cpp or PEFT
+  compare   RUN RUN                       which is better, and whether the evidence can tell
+  ablate    CONFIG.yaml | TEXT...         a small fair study: what does each choice bring
+  verify-resume  CONFIG.yaml | TEXT...    proof that a killed run ends as if it never was
 
 begin with
   octavo train my.txt                     a model of your own text, in runs/my
@@ -41,7 +46,7 @@ begin with
 A RUN is a directory that train writes: configuration, tokenizer, checkpoints, metrics, report.html.
 Any setting can follow as section.name=value, e.g. train.max_steps=500 (see octavo train --help).
 """
-COMMANDS = tuple(re.findall(r"^  (\w+) +[A-Z]", HELP, re.MULTILINE))
+COMMANDS = tuple(re.findall(r"^  ([\w-]+) +(?:[A-Z]|prepare)", HELP, re.MULTILINE))
 SETTING = re.compile(r"--[a-z]\w*(\.\w+)+(=.*)?|[a-z]\w*(\.\w+)*=.*", re.DOTALL)
 
 
@@ -84,7 +89,7 @@ def _dispatch(words: list[str]) -> int:
         guess = nearest(command, COMMANDS)
         fix = f"did you mean octavo {guess}?" if guess else "see octavo --help"
         raise ConfigError(f"unknown command {command!r}", fix=fix)
-    name = f"{command}_" if keyword.iskeyword(command) else command
+    name = f"{command}_" if keyword.iskeyword(command) else command.replace("-", "_")
     module = importlib.import_module(f"octavo.commands.{name}")
     parser = _parser(command, module, full="--help" in rest or "-h" in rest)
     args, settings = _parse(parser, rest)
@@ -158,7 +163,7 @@ def _parse(
             settings.append(word.removeprefix("--"))
         elif word.startswith("-") and word != "-":
             rest.append(word)
-            if "=" not in word and _takes_value(parser, word) and queue:
+            if "=" not in word and queue and _takes_value(parser, word, queue[0]):
                 rest.append(queue.pop(0))
         else:
             bare.append(word)
@@ -172,9 +177,11 @@ def _spelled(word: str) -> str:
     return name.replace("_", "-") + equals + value if plain else word
 
 
-def _takes_value(parser: argparse.ArgumentParser, option: str) -> bool:
+def _takes_value(parser: argparse.ArgumentParser, option: str, following: str) -> bool:
     action = parser._option_string_actions.get(option)
-    return action is not None and action.nargs != 0
+    if action is None or action.nargs == 0:
+        return False
+    return action.nargs != "?" or not following.startswith("-")
 
 
 def _complain(message: str, code: int) -> NoReturn:

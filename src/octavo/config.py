@@ -24,8 +24,8 @@ class DataConfig(Group, path="data"):
     """Which text, how it becomes tokens, and in which order windows of it are seen."""
 
     source: str | list[str] | None = None
-    """A corpus by name (python-docs, shakespeare), files, folders, globs, or - for standard input;
-    null: data/input.txt where it exists, else python-docs."""
+    """A corpus by name (python-docs, shakespeare), files, folders, globs, - for standard input, a
+    prepared dataset, or .npy and .bin files of ids; null: data/input.txt, else python-docs."""
     field: str | None = None
     """The field that holds the text in .jsonl and .csv files; null: text."""
     kind: Literal["text", "completion", "chat", "labels"] = "text"
@@ -35,7 +35,7 @@ class DataConfig(Group, path="data"):
     """What a record's fields are called, in that order, where it is something else."""
     tokenizer: str = "auto"
     """char, byte, gpt2, bpe (trained on this text) or a tokenizer.json; auto: char below 5 MB of
-    text, bpe above."""
+    text, bpe above; a dataset's own, without which the model takes and gives ids."""
     bpe_vocab_size: Annotated[int, (257, 2**24)] = 4096
     """Vocabulary of a BPE trained on this text."""
     separator: bool = False
@@ -45,7 +45,7 @@ class DataConfig(Group, path="data"):
     val_fraction: Annotated[float, (0, 0.9)] = 0.1
     """The last part of the text, kept for validation."""
     val_source: str | list[str] | None = None
-    """A validation text of its own; null: the last val_fraction of the source."""
+    """A validation text, of the same kind as the source; null: the last val_fraction of that."""
     sampling: Literal["epoch", "random"] = "epoch"
     """epoch: every window once an epoch, shuffled; random: windows drawn anywhere."""
     mask_documents: bool = False

@@ -4,6 +4,7 @@ Nothing here imports torch until something needs it.
 """
 
 import dataclasses
+import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,37 +14,56 @@ import numpy as np
 
 from octavo.checkpoint import Run, weights_sha256
 from octavo.config import FinetuneConfig, ModelConfig
-from octavo.errors import CheckpointError, ConfigError
+from octavo.errors import CheckpointError, ConfigError, DataError
+from octavo.generating.choosing import ENGINES, choose_device, native_model
 from octavo.generating.sampling import PRESETS, Sampling
-from octavo.generating.writing import Piece, write
+from octavo.generating.speculative import LookupDrafter, ModelDrafter, Pace, SpeculativeEngine
+from octavo.generating.writing import Engine, Piece, write
 from octavo.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    import torch
-
     from octavo.adapting.classify import Prediction
     from octavo.evaluating.perplexity import Score
-    from octavo.generating.engine import TorchEngine
+    from octavo.generating.native import NativeModel
     from octavo.model.gpt import GPT
 
 LARGEST_BATCH = 16  # rows written side by side
+DRAFT = "draft"  # where a run keeps the tiny model trained beside it, a run itself
 
 
-def load(path: Path | str, device: str = "auto", base: Path | str | None = None) -> "LanguageModel":
+def load(
+    path: Path | str,
+    device: str = "auto",
+    base: Path | str | None = None,
+    speculate: str | None = None,
+    weights: str | None = None,
+    engine: str | None = None,
+) -> "LanguageModel":
     """Load a run directory, one of its checkpoints, or a Hugging Face model directory.
 
     A run gives its best checkpoint if it has been validated, else its latest. An adapter's base is
-    found by the path in its run, or at ``base`` if it was moved. Raises `ConfigError` where
-    ``path`` is none of these and `CheckpointError` where a file is damaged or the base another.
+    found by the path in its run, or at ``base`` if it was moved. ``speculate`` says what proposes
+    tokens, see `LanguageModel.speculate`. ``weights`` takes what `octavo quantize` has packed, by
+    its precision. ``engine`` is what writes: native, torch, or auto, which takes native for a run
+    on the CPU (default: OCTAVO_ENGINE, else auto). Raises `ConfigError` where ``path`` is none of
+    these and `CheckpointError` where a file is damaged or the base another.
     """
     path = Path(path)
+    engine = engine or os.environ.get("OCTAVO_ENGINE") or "auto"
+    if engine not in ENGINES:
+        raise ConfigError(f"unknown engine {engine!r}", fix=f"known: {', '.join(ENGINES)}")
     if (path / "config.json").is_file():
         from octavo.exchanging.huggingface import from_huggingface
 
+        if weights or engine == "native":
+            fix = f"octavo import {path} RUN"
+            raise ConfigError("only runs have packed weights and the native engine", fix=fix)
         has_tokenizer = (path / "tokenizer.json").is_file()
         model = from_huggingface(path).to(choose_device(device))
         tokenizer = Tokenizer.load(path) if has_tokenizer else None
-        return LanguageModel(model.config, tokenizer, model=model, home=path)
+        lm = LanguageModel(model.config, tokenizer, model=model, home=path)
+        lm.speculate(speculate)
+        return lm
     run = Run.open(path)
     checkpoint = run.best or run.latest
     if checkpoint is None:
@@ -51,11 +71,18 @@ def load(path: Path | str, device: str = "auto", base: Path | str | None = None)
             f"{path} holds no checkpoint yet", fix=f"train it: octavo train {path} --resume"
         )
     lm = LanguageModel(
-        run.config.model, run.tokenizer, run=run, checkpoint=checkpoint, device=device
+        run.config.model,
+        run.tokenizer,
+        run=run,
+        checkpoint=checkpoint,
+        device=device,
+        weights=weights,
+        engine=engine,
     )
     finetune = run.config.finetune
-    if finetune.base and (run.config.lora.rank or finetune.head_only):
+    if finetune.base and (run.config.lora.rank or finetune.head_only) and not weights:
         lm.base = load_base(finetune, base)
+    lm.speculate(speculate)
     return lm
 
 
@@ -94,25 +121,39 @@ class LanguageModel:
         checkpoint: Path | None = None,
         device: str = "auto",
         home: Path | None = None,
+        weights: str | None = None,
+        engine: str = "auto",
     ) -> None:
         """Give either a ``model`` or the ``run`` and ``checkpoint`` it is read from when needed.
 
-        ``home`` is the directory it came from, a run's own where there is one.
+        ``home`` is the directory it came from, a run's own where there is one; ``weights`` and
+        ``engine`` as in `load`.
         """
         self.config, self.run, self.checkpoint, self.device = config, run, checkpoint, device
+        self.weights, self.engine = weights, engine
         self._tokenizer = tokenizer
         self.home = run.path if run else home
         self.base: LanguageModel | None = None
+        self.draft: LanguageModel | None = None
+        self.pace: Pace | None = None
         if model is not None:
             self.model = model.eval()
 
     @cached_property
     def model(self) -> "GPT":
-        """The PyTorch module, in evaluation mode; a `Classifier` where a run sorts texts."""
+        """The PyTorch module, in evaluation mode; a `Classifier` where a run sorts texts.
+
+        It may be changed: once it was asked for it is what writes, unless an engine or packed
+        weights were chosen.
+        """
         from octavo.adapting.assemble import assemble, load_trained
 
         assert self.run is not None
         assert self.checkpoint is not None
+        if self.weights:
+            from octavo.adapting.quantize import load_quantized
+
+            return load_quantized(self.run, self.weights).to(choose_device(self.device))
         model = assemble(self.run.config, self.base.model if self.base else None)
         load_trained(model, self.run.load(self.checkpoint).model_tensors())
         return cast("GPT", model.to(choose_device(self.device)).eval())
@@ -176,6 +217,27 @@ class LanguageModel:
                 rows[piece.row].append(piece.id)
         return rows
 
+    def speculate(self, how: str | None) -> None:
+        """Choose what proposes the next tokens when this writes; the text is the same either way.
+
+        "off": nothing; "lookup": what followed the last tokens where they stood before; the path
+        of a run: the smaller model there; "auto": the draft trained beside this run, else lookup.
+        None is the draft where there is one, else nothing. What does not pay is left alone, and
+        ``pace.report()`` says how it went. Raises `DataError` for a draft with another tokenizer.
+        """
+        self.draft = self.pace = None
+        if how in (None, "auto"):
+            own = Run.find(self.run.path / DRAFT) if self.run else None
+            how = str(own.path) if own and own.latest else "lookup" if how else "off"
+        if how == "off":
+            return
+        if how != "lookup":
+            if not Path(how).exists():
+                raise ConfigError(f"there is no draft {how}", fix="give off, lookup, auto or a run")
+            self.draft = load(how, self.device, speculate="off", engine=self.engine)
+            check_same_tokens(self, self.draft)
+        self.pace = Pace()
+
     def make_ready(self) -> None:
         """Load now what the first text would load, so that it begins at once."""
         self._engine(1)
@@ -235,7 +297,22 @@ class LanguageModel:
         engine = self._engine(len(ids) * n)
         return write(engine, self.tokenizer, ids, settings, max_new_tokens, list(stop), n)
 
-    def _engine(self, rows: int) -> "TorchEngine":
+    def _engine(self, rows: int) -> Engine:
+        """What writes so many rows, with drafts where they were chosen."""
+        engine = self._plain_engine(rows)
+        if self.pace is None:
+            return engine
+        draft = ModelDrafter(self.draft._plain_engine(rows)) if self.draft else LookupDrafter()
+        return SpeculativeEngine(engine, draft, self.config.block_size, self.pace)
+
+    def _plain_engine(self, rows: int) -> Engine:
+        slots = min(rows, LARGEST_BATCH)
+        vocab = self._tokenizer.vocab_size if self._tokenizer else self.config.vocab_size
+        changeable = "model" in vars(self) and self.engine == "auto" and not self.weights
+        if not changeable and self._native is not None:
+            from octavo.generating.native import NativeEngine
+
+            return NativeEngine(self._native, slots, vocab)
         from octavo.adapting.classify import Classifier
         from octavo.generating.engine import TorchEngine
 
@@ -243,8 +320,26 @@ class LanguageModel:
             raise ConfigError(
                 "this model sorts texts, it does not write", fix="octavo eval RUN, or .classify"
             )
-        vocab = self._tokenizer.vocab_size if self._tokenizer else self.config.vocab_size
-        return TorchEngine(self.model, slots=min(rows, LARGEST_BATCH), vocab=vocab)
+        return TorchEngine(self.model, slots, vocab)
+
+    @cached_property
+    def _native(self) -> "NativeModel | None":
+        if self.run is None or self.checkpoint is None:
+            return None
+        return native_model(self.run, self.checkpoint, self.device, self.weights, self.engine)
+
+
+def check_same_tokens(lm: LanguageModel, draft: LanguageModel) -> None:
+    """Raise `DataError` where the ids of the two mean different things."""
+    hashes = [m.tokenizer.fingerprint if m.has_tokenizer else "none" for m in (lm, draft)]
+    if hashes[0] != hashes[1] or (
+        not lm.has_tokenizer and lm.config.vocab_size != draft.config.vocab_size
+    ):
+        raise DataError(
+            f"the draft's tokenizer has the SHA-256 {hashes[1]}, the model's {hashes[0]}",
+            f"in {draft.home}",
+            "octavo train RUN --draft trains one that fits",
+        )
 
 
 def make_sampling(preset: str | None = None, **settings: Any) -> Sampling:
@@ -271,20 +366,3 @@ def start_ids(tokenizer: Tokenizer, prompt: str | None) -> list[int]:
         except ValueError:
             return [0]  # a vocabulary without a newline: any first symbol will do
     return tokenizer.encode(prompt)
-
-
-def choose_device(name: str = "auto") -> "torch.device":
-    """The device called ``name``; auto takes CUDA, then Apple's MPS, then the CPU."""
-    import torch
-
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"the device {name!r} cannot be used: {reason}", fix="try cpu") from None
-    return device

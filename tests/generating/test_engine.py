@@ -140,6 +140,81 @@ def test_a_slot_may_be_stepped_again_without_appending():
     assert engine.step([slot]) == TorchEngine(make_model()).step([again])
 
 
+DRAFTS = {
+    "right": lambda truth, at: truth[at : at + 5],
+    "right, then wrong": lambda truth, at: [*truth[at : at + at % 4], 0, 1],
+    "wrong": lambda truth, at: [(truth[at] + 1) % VOCAB, *truth[at + 1 : at + 4]],
+    "longer than everything": lambda truth, at: (truth * 9)[at : at + 99],
+    "now and then none": lambda truth, at: truth[at : at + at % 3],
+}
+
+
+def drafted(engine, prompts, truths, guess, count, sampling, most=99):
+    """What is written with drafts, and how much each step returned to each row."""
+    slots = [make_slot(i, prompt, sampling) for i, prompt in enumerate(prompts)]
+    sizes = []
+    while active := [slot for slot in slots if len(slot.ids) < slot.prompt_length + count]:
+        for slot in active:
+            done = len(slot.ids) - slot.prompt_length
+            slot.left, slot.draft = count - done, guess(truths[slot.index], done)
+        for slot, drawn in zip(active, engine.step(active, most), strict=True):
+            assert 1 <= len(drawn) <= min(most, slot.left)
+            assert len(slot.top) == len(drawn)
+            slot.ids.extend(drawn)
+            sizes.append(len(drawn))
+    return [slot.ids[slot.prompt_length :] for slot in slots], sizes
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("guess", DRAFTS.values(), ids=DRAFTS)
+def test_a_draft_decides_how_much_is_returned_and_never_what(guess, use_cache):
+    """Ragged rows, far past block_size, with penalties: rows with and without drafts together."""
+    model = make_model(position="both", n_kv_head=1)
+    for sampling in (GREEDY, SAMPLED):
+        truths = [by_hand(model, prompt, 50, sampling) for prompt in PROMPTS]
+        engine = TorchEngine(model, slots=len(PROMPTS), use_cache=use_cache, chunk=3)
+        texts, sizes = drafted(engine, PROMPTS, truths, guess, 40, sampling)
+        assert texts == [truth[:40] for truth in truths]
+        assert (max(sizes) > 1) == (guess is not DRAFTS["wrong"])
+        assert drafted(engine, PROMPTS, truths, guess, 40, sampling, most=2)[0] == texts
+
+
+def test_a_right_draft_is_accepted_up_to_the_end_of_the_window():
+    """Past it every position shifts, so a draft never crosses it."""
+    model = make_model()
+    truth = by_hand(model, [1, 2], 60, GREEDY)
+    texts, sizes = drafted(
+        TorchEngine(model), [[1, 2]], [truth], DRAFTS["longer than everything"], 40, GREEDY
+    )
+    assert texts == [truth[:40]]
+    assert sizes == [15, 8, 8, 8, 1]  # 2 + 15 is the first length with another window
+
+
+def test_nothing_is_drawn_after_the_end_of_text():
+    model = make_model()
+    truth = by_hand(model, [1, 2], 8, SAMPLED)
+    slot = make_slot(0, [1, 2])
+    slot.draft, slot.eot = truth, truth[4]
+    (drawn,) = TorchEngine(model).step([slot], most=8)
+    assert drawn == truth[: truth.index(truth[4]) + 1]
+    slot.draft, slot.left = truth, 2
+    assert TorchEngine(model).step([slot], most=8) == [drawn[:2]]
+
+
+def test_the_cache_keeps_only_what_was_accepted(reads):
+    model = make_model()
+    truth = by_hand(model, [1, 2, 3], 8, GREEDY)
+    engine, slot = TorchEngine(model), make_slot(0, [1, 2, 3], GREEDY)
+    slot.draft = [*truth[:3], *[(token + 1) % VOCAB for token in truth[3:6]]]
+    reads.clear()
+    assert engine.step([slot], most=9) == [truth[:4]]
+    assert engine.cache.lengths == [3 + 3]
+    slot.draft = []
+    slot.ids.extend(truth[:4])
+    assert engine.step([slot], most=9) == [truth[4:5]]
+    assert reads == [(1, 9), (1, 1)]
+
+
 def test_a_padded_vocabulary_is_never_drawn():
     """build-nanogpt#81: an id from the padding has no text, and the tokenizer panics."""
     model = make_model(vocab_size=32, tie_embeddings=False)
@@ -156,9 +231,9 @@ def reads(monkeypatch):
     """The shapes (rows, tokens) of all passes through the model."""
     shapes, hidden = [], GPT.hidden
 
-    def noted(model, idx, *rest):
+    def noted(model, idx, *rest, **named):
         shapes.append(tuple(idx.shape))
-        return hidden(model, idx, *rest)
+        return hidden(model, idx, *rest, **named)
 
     monkeypatch.setattr(GPT, "hidden", noted)
     return shapes

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from octavo.errors import ConfigError, NonFiniteError
 from octavo.generating.engine import TorchEngine
 from octavo.generating.sampling import PRESETS, Sampling
-from octavo.generating.writing import complete, split_at_stop, write
+from octavo.generating.writing import STRIDE, complete, split_at_stop, write
 from octavo.model.gpt import GPT
 from octavo.model_config import ModelConfig
 from octavo.text.tokenizer import Tokenizer
@@ -181,6 +181,42 @@ def test_more_rows_than_slots_wait_and_every_slot_is_given_back():
         assert sum(piece.finished is not None for piece in pieces) == 5
         assert engine.most == min(slots, 5)
         assert engine.held == set()
+
+
+@pytest.mark.parametrize(
+    "ahead", [lambda slot: 3, lambda slot: 1 + slot.index * 4, lambda slot: 99]
+)
+def test_an_engine_that_writes_ahead_writes_the_same_pieces(ahead):
+    """What lies past a stop string is thrown away, and no row gets more than is left to it."""
+    rows = {first: [(first + k) % 4 for k in range(60)] for first in range(4)}
+    rows[2] = [1, 2, 1, 1, 3, 4, 0]  # ends by itself
+    tokenizer, prompts = Table([b"a", b"b", b"c", b"d"], eot=True), [[0], [3, 1], [1], [2], [0]]
+    for stop, count in (((), 50), ("dab", 50), ("bb", 5), ((), 1)):
+        expected = list(
+            write(Script(rows, 2), tokenizer, prompts, SAMPLING, count, stop, logprobs=1)
+        )
+        engine = Script(rows, 2, ahead)
+        pieces = list(write(engine, tokenizer, prompts, SAMPLING, count, stop, logprobs=1))
+        for row in range(5):
+            of_row = [[p for p in those if p.row == row] for those in (pieces, expected)]
+            assert of_row[0] == of_row[1]
+        assert engine.held == set()
+
+
+def test_the_first_piece_comes_at_once_and_rows_stay_in_step():
+    asked = []
+
+    class Spy(Script):
+        def step(self, slots, most=1):
+            asked.append(most)
+            return super().step(slots, most)
+
+    engine = Spy({0: [0] * 99, 1: [1] * 99}, slots=2, ahead=lambda slot: (7, 4)[slot.index])
+    pieces = write(engine, None, [[0], [1]], SAMPLING, 20)
+    assert [next(pieces).row for _ in range(13)] == [0, 1] * 5 + [0, 0, 0]
+    assert asked == [1, STRIDE]
+    pieces.close()
+    assert engine.held == set()
 
 
 def test_copies_are_numbered_within_their_prompt():

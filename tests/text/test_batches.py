@@ -1,10 +1,15 @@
+import json
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from octavo.errors import DataError
-from octavo.text.batches import Batches, fixed_windows
+from octavo.text.batches import Batches, document_mask, fixed_windows
+from octavo.text.shards import Tokens, write_shard
 
 TOKENS = np.arange(1000, dtype=np.uint16)  # each token is its own position
 
@@ -129,3 +134,125 @@ def test_a_text_shorter_than_the_context_names_both_numbers(make):
         make(np.zeros(100), 4)
     with pytest.raises(DataError, match=r"shape \(10, 10\)"):
         make(np.zeros((10, 10), dtype=np.int64), 4)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=8),
+    block_size=st.integers(1, 16),
+    sampling=st.sampled_from(["epoch", "random"]),
+)
+def test_rows_cross_the_borders_of_shards(sizes, block_size, sampling):
+    """A batch over shards is the batch over one long row: nothing is lost or doubled at a border.
+
+    build-nanogpt drops what is left of a shard, and starts the next one at its beginning.
+    """
+    whole = np.arange(sum(sizes), dtype=np.uint16)
+    if len(whole) < block_size + 1:
+        return
+    tokens = Tokens(np.split(whole, np.cumsum(sizes)[:-1]))
+    ours, theirs = (Batches(t, block_size, 3, sampling) for t in (tokens, whole))
+    assert len(ours) == len(theirs)
+    got, expected = ours.rows(0, 2 * len(ours)), theirs.rows(0, 2 * len(ours))
+    np.testing.assert_array_equal(got, expected)
+    if sampling == "epoch":
+        targets = np.sort(got[1][: len(ours)], axis=None)
+        np.testing.assert_array_equal(targets, np.arange(1, len(whole) - ours.dropped))
+    for x, y in zip(
+        fixed_windows(tokens, block_size, 9), fixed_windows(whole, block_size, 9), strict=True
+    ):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_a_pass_is_an_epoch():
+    batches = Batches(TOKENS, 10, seed=0)  # 99 windows
+    epochs = batches.iterate(20)
+    assert len(epochs) == 5
+    for epoch in range(3):
+        passed = [*epochs]
+        assert [len(x) for x, _ in passed] == [20, 20, 20, 20, 19]
+        expected = batches.rows(epoch * 99, 99)
+        np.testing.assert_array_equal(np.concatenate([x for x, _ in passed]), expected[0])
+        np.testing.assert_array_equal(np.concatenate([y for _, y in passed]), expected[1])
+
+
+@given(st.integers(0, 12), st.integers(1, 30))
+def test_a_pass_goes_on_where_it_was_saved(steps, batch_size):
+    """In the middle of an epoch, through JSON, in another process: the state is one integer."""
+    batches = Batches(TOKENS, 10, seed=0)
+
+    def passes(epochs):
+        while True:
+            yield from epochs
+
+    first = batches.iterate(batch_size)
+    running = passes(first)
+    for _ in range(steps):
+        next(running)
+    state = json.loads(json.dumps(first.state_dict()))
+    other = Batches(TOKENS, 10, seed=0).iterate(batch_size)
+    other.load_state_dict(state)
+    for ours, theirs, _ in zip(passes(other), running, range(8), strict=False):
+        np.testing.assert_array_equal(ours, theirs)
+    assert batches.iterate(batch_size, first_row=state["row"]).state_dict() == state
+
+
+ENDLESS = """
+import sys, tracemalloc
+from octavo.text.batches import Batches
+from octavo.text.shards import Dataset
+
+def anonymous():
+    try:
+        with open("/proc/self/status", encoding="utf-8") as status:
+            return next(int(line.split()[1]) * 1024 for line in status if "RssAnon" in line)
+    except OSError:  # not Linux: what Python and numpy have allocated
+        return tracemalloc.get_traced_memory()[0]
+
+if sys.platform != "linux":
+    tracemalloc.start()
+batches = Batches(Dataset.open(sys.argv[1:]).tokens("train"), 64, seed=0)
+batches.rows(0, 8)
+before = anonymous()
+total = sum(int(batches.rows(step * 8, 8)[0].sum()) for step in range(10_000))
+print(anonymous() - before, total)
+"""
+
+
+def test_memory_stays_flat_over_ten_thousand_batches(tmp_path):
+    """Pages of the files are the kernel's to drop; copies would be the process's own (RssAnon).
+
+    nanoGPT's grew without end (its issue 287) until it mapped the file anew for each batch.
+    """
+    paths = [tmp_path / f"{n}.npy" for n in range(2)]
+    for path in paths:
+        write_shard(path, np.ones(8_000_000, np.uint16))
+    result = subprocess.run(
+        [sys.executable, "-c", ENDLESS, *map(str, paths)], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    grown, total = map(int, result.stdout.split())
+    assert total == 10_000 * 8 * 64
+    assert grown < 4_000_000
+
+
+def test_documents_do_not_see_each_other():
+    """By the rule itself: a key is looked at if it is no later and no end lies between."""
+    x = np.random.default_rng(0).integers(0, 4, (5, 30))
+    x[0], x[1] = 0, 1  # nothing but ends, and none
+    mask = document_mask(x, eot_id=0)
+    assert mask.shape == (5, 1, 30, 30)
+    assert mask.dtype == bool
+    for row in range(5):
+        for query in range(30):
+            for key in range(30):
+                sees = key <= query and not (x[row, key:query] == 0).any()
+                assert mask[row, 0, query, key] == sees
+
+
+def test_the_first_token_of_a_document_is_not_predicted_from_another():
+    tokens = np.array([5, 6, 0, 7, 0, 8, 9, 0, 5])
+    x, y = Batches(tokens, 8, seed=0, eot_id=0).rows(0, 1)
+    assert x.tolist() == [[5, 6, 0, 7, 0, 8, 9, 0]]
+    assert y.tolist() == [[6, 0, -100, 0, -100, 9, 0, -100]]
+    windows = fixed_windows(tokens, 8, 1, eot_id=0)
+    np.testing.assert_array_equal(windows, (x, y))

@@ -1,5 +1,6 @@
 """`octavo generate`: let a model write."""
 
+import sys
 from argparse import Namespace
 
 from octavo.commands.shared import Option, one_run
@@ -13,9 +14,15 @@ Let a model write: prints the continuation of the prompt and nothing else.
   octavo generate runs/my --prompt "The " --temperature 0.8 --top-p 0.9 --stop "."
   octavo generate runs/my --preset greedy --max-new-tokens 50
   octavo generate runs/my --interactive
+  octavo generate runs/my --weights int8          packed weights (octavo quantize runs/my --to int8)
+  octavo generate runs/my --speculate lookup      the same text, faster where it repeats itself
 
 Without RUN the newest one under runs/ is taken. The same seed writes the same text.
-Presets: conservative (temperature 0.6, top-k 40), nucleus (0.8, top-p 0.9), greedy."""
+Presets: conservative (temperature 0.6, top-k 40), nucleus (0.8, top-p 0.9), greedy.
+
+A draft guesses the next tokens and the model checks them together. The text never changes; what a
+draft costs is measured, and one that does not pay is left alone. A draft trained beside the run
+(octavo train RUN --draft) is used unless --speculate says otherwise."""
 SAMPLING: dict[str, tuple[type, str]] = {
     "temperature": (float, "flatter above 1, sharper below; 0 is greedy"),
     "top_k": (int, "keep the K likeliest tokens; 0 keeps all"),
@@ -42,6 +49,12 @@ def add_options(option: Option) -> None:
     option("--n", type=int, default=1, metavar="K", help="write K texts")
     option("--stream", action="store_true", help="print as it is written; a terminal always does")
     option("--interactive", action="store_true", help="prompt after prompt; Ctrl-D ends")
+    option(
+        "--speculate",
+        metavar="HOW",
+        help="what guesses: off, lookup, auto (the run's draft, else lookup) or a smaller RUN",
+    )
+    option("--weights", metavar="P", help="packed weights: int8, int4, auto or fp16")
     option("--base", metavar="RUN", help="where an adapter's base is, if it was moved")
     option("--device", default="auto", metavar="D", help="cuda, mps, cpu or auto")
     option("--json", action="store_true", help="print one JSON object")
@@ -52,10 +65,18 @@ def run(args: Namespace, settings: list[str]) -> None:
     from octavo.generating.terminal import talk, write_out
     from octavo.language_model import load
 
-    lm = load(one_run(args.words), device=args.device, base=args.base)
+    lm = load(
+        one_run(args.words),
+        device=args.device,
+        base=args.base,
+        speculate=args.speculate,
+        weights=args.weights,
+    )
     sampling = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
     options = {"max_new_tokens": args.max_new_tokens, "stop": args.stop, "preset": args.preset}
     if args.interactive:
         talk(lm, options | sampling)
     else:
         write_out(lm, args.prompt, args.n, options | sampling, args.stream, args.json)
+    if args.speculate and lm.pace and not args.json:
+        print(lm.pace, file=sys.stderr)

@@ -16,6 +16,7 @@ from octavo.errors import DataError
 from octavo.model.gpt import GPT
 from octavo.model.layers import rope_table
 from octavo.model_config import RopeScaling
+from octavo.text.token_files import Tokens
 
 FACTORS = (1.0, 1.5, 2.0, 4.0)
 STRETCHED = ("linear", "ntk", "yarn")
@@ -35,9 +36,9 @@ class Lengths:
 
 def measure_lengths(
     model: GPT,
-    tokens: np.ndarray,
+    tokens: np.ndarray | Tokens,
     windows: int = 64,
-    watch: Callable[[int, int], None] = lambda done, of: None,
+    watch: Callable[[int, int], object] = lambda done, of: None,
 ) -> Lengths:
     """Perplexity of the same tokens of a text (N,) after 1, 1.5, 2 and 4 times the trained context.
 
@@ -95,7 +96,9 @@ def _stretched(model: GPT, way: str, factor: float) -> GPT:
 
 
 @torch.inference_mode()
-def _score(model: GPT, tokens: np.ndarray, ends: np.ndarray, length: int, scored: int) -> float:
+def _score(
+    model: GPT, tokens: np.ndarray | Tokens, ends: np.ndarray, length: int, scored: int
+) -> float:
     """Summed nats of the ``scored`` tokens up to each end, after ``length`` tokens in all."""
     device = model.tok_emb.weight.device
     rows = max(1, 16_384 // length)

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from octavo.text.batches import document_mask
+
 
 @dataclass(frozen=True)
 class Score:
@@ -36,34 +38,55 @@ class Score:
         return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
 
 
-@torch.inference_mode()
 def score_windows(
     model: nn.Module,
     x: np.ndarray,
     y: np.ndarray,
     byte_lengths: np.ndarray | None = None,
     batch_tokens: int = 16_384,
+    eot_id: int | None = None,
 ) -> Score:
     """Score targets ``y`` (N, T) after inputs ``x`` (N, T); targets of -100 do not count.
 
     ``byte_lengths`` (V,) says how many bytes each token stands for. Every window starts with an
-    empty context, so a longer context always scores at least as well.
+    empty context, so a longer context always scores at least as well. Where ``eot_id`` is given, a
+    token sees only its own document.
+    """
+    nats = float(token_nats(model, x, y, batch_tokens, eot_id).sum(dtype=np.float64))
+    counted = y[y != -100]
+    n_bytes = int(byte_lengths[counted].sum()) if byte_lengths is not None else 0
+    return Score(nats, int(counted.size), n_bytes)
+
+
+@torch.inference_mode()
+def token_nats(
+    model: nn.Module,
+    x: np.ndarray,
+    y: np.ndarray,
+    batch_tokens: int = 16_384,
+    eot_id: int | None = None,
+) -> np.ndarray:
+    """Negative log-likelihood of each target, as `score_windows` sums them: (N, T) float32.
+
+    It is 0 where the target is -100.
     """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     rows = max(1, batch_tokens // x.shape[1])
-    nats = 0.0
+    nats = np.empty(y.shape, dtype=np.float32)
     for first in range(0, len(x), rows):
         inputs = torch.from_numpy(x[first : first + rows]).to(device)
         targets = torch.from_numpy(y[first : first + rows]).to(device)
-        logits = model(inputs).flatten(0, 1)
+        masked = {}
+        if eot_id is not None:
+            mask = document_mask(x[first : first + rows], eot_id)
+            masked["mask"] = torch.from_numpy(mask).to(device)
+        logits = model(inputs, **masked).flatten(0, 1)
         nll = F.cross_entropy(logits.float(), targets.flatten(), reduction="none")
-        nats += nll.double().sum().item()
+        nats[first : first + rows] = nll.view(targets.shape).cpu().numpy()
     model.train(was_training)
-    counted = y[y != -100]
-    n_bytes = int(byte_lengths[counted].sum()) if byte_lengths is not None else 0
-    return Score(nats, int(counted.size), n_bytes)
+    return nats
 
 
 def strided_windows(ids: np.ndarray, block_size: int, stride: int) -> tuple[np.ndarray, np.ndarray]:

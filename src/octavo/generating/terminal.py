@@ -16,7 +16,10 @@ def write_out(
     """
     if as_json:
         texts = lm.generate([prompt], n=n, **options)
-        print(json.dumps({"prompt": prompt or "", "texts": texts}, ensure_ascii=False))
+        facts = {"prompt": prompt or "", "texts": texts}
+        if lm.pace:
+            facts["speculation"] = lm.pace.report()
+        print(json.dumps(facts, ensure_ascii=False))
     elif n == 1 and (stream or sys.stdout.isatty()):
         for piece in lm.stream(prompt, **options):
             print(piece, end="", flush=True)

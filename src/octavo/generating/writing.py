@@ -8,11 +8,14 @@ string. Needs no torch.
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Literal, Protocol
 
 from octavo.errors import ConfigError
 from octavo.generating.sampling import Sampling
 from octavo.text.tokenizer import Decoder, Tokenizer
+
+STRIDE = 32  # tokens asked of an engine at once: what it writes between two looks at its readers
 
 Finished = Literal["eot", "stop", "length"]
 """Why a row ended: the end-of-text token, a stop string, or max_new_tokens."""
@@ -34,8 +37,20 @@ class Slot:
     """How many of ids were given."""
     logprobs: int = 0
     """How many of the most probable ids to report in top; 0: none."""
-    top: list[tuple[int, float]] = field(default_factory=list)
-    """(id, log-probability) of the last step, best first and the drawn one among them."""
+    left: int = 2**31 - 1
+    """How many tokens are still wanted, at least one; a step never returns more."""
+    eot: int | None = None
+    """The end-of-text id: nothing is drawn after it."""
+    draft: list[int] = field(default_factory=list)
+    """A guess at the ids that come next, for one step; empty: none. The caller sets and clears it.
+
+    The engine reads it together with what is unread, in one pass, and draws the token of each
+    position with that position's own number: while a drawn token is the draft's it goes on to the
+    next. So the draft decides how much one pass returns and never what.
+    """
+    top: list[list[tuple[int, float]]] = field(default_factory=list)
+    """For each id the last step returned its (id, log-probability) pairs, best first and the drawn
+    one among them; an empty list for each where logprobs is 0."""
 
 
 class Engine(Protocol):
@@ -44,8 +59,17 @@ class Engine(Protocol):
     slots: int
     """How many rows can be written at once."""
 
-    def step(self, slots: list[Slot]) -> list[int]:
-        """Draw the next id of each slot, which the caller appends; reads what is not cached yet."""
+    def step(self, slots: list[Slot], most: int = 1) -> list[list[int]]:
+        """Draw the next ids of each slot: at least one and at most ``most`` each.
+
+        The caller appends them to the slot's ids, all or only the first few, and at most one other
+        id before the next step. Reads what is not cached yet; `Slot.draft` says what a draft
+        changes: the accepted ids and one more are returned, and the cache keeps nothing that was
+        not accepted. What lies beyond ``most``, the slot's ``left`` or the end of the window is
+        left out of a draft. A slot gets fewer ids at its end-of-text, after ``left`` of them, and
+        when the engine's slice of time is over (about 25 ms, so that text flows and whoever waits
+        can stop it). Every slot's ``top`` is set.
+        """
         ...
 
     def release(self, index: int) -> None:
@@ -79,7 +103,8 @@ def write(
     n: int = 1,
     logprobs: int = 0,
 ) -> Iterator[Piece]:
-    """Continue every prompt ``n`` times; yield a `Piece` a token, rows in step, each in order.
+    """Continue every prompt ``n`` times; yield a `Piece` a token, rows in step as far as the engine
+    writes them so, each in order and its first at once.
 
     A row ends with the end-of-text token, which has no text; at the stop string completed first,
     whose text is cut off wherever tokens begin and end; or after ``max_new_tokens``. Rows beyond
@@ -91,13 +116,13 @@ def write(
     stops = [stop] if isinstance(stop, str) else list(stop)
     _check(prompts, max_new_tokens, stops, n, logprobs, tokenizer is not None)
     copies = [
-        Slot(-1, [int(i) for i in prompt], copy, sampling, len(prompt), logprobs)
+        Slot(-1, [int(i) for i in prompt], copy, sampling, len(prompt), logprobs, max_new_tokens)
         for prompt in prompts
         for copy in range(n)
     ]
     if not max_new_tokens:
         return iter([Piece(row, "", finished="length") for row in range(len(copies))])
-    rows = [_Row(i, slot, tokenizer, stops, max_new_tokens) for i, slot in enumerate(copies)]
+    rows = [_Row(i, slot, tokenizer, stops) for i, slot in enumerate(copies)]
     return _drive(engine, rows)
 
 
@@ -142,22 +167,21 @@ def split_at_stop(text: str, stops: Sequence[str]) -> tuple[str, str, bool]:
 
 
 class _Row:
-    """One row's text so far: what was decoded, what waits, how many tokens may still come."""
+    """One row's text so far: what was decoded, what waits."""
 
-    def __init__(
-        self, row: int, slot: Slot, tokenizer: Tokenizer | None, stops: list[str], left: int
-    ) -> None:
-        self.row, self.slot, self.stops, self.left = row, slot, stops, left
-        self.eot = tokenizer.eot_id if tokenizer else None
+    def __init__(self, row: int, slot: Slot, tokenizer: Tokenizer | None, stops: list[str]) -> None:
+        self.row, self.slot, self.stops = row, slot, stops
         self.decoder: Decoder | None = tokenizer.stream() if tokenizer else None
+        slot.eot = tokenizer.eot_id if tokenizer else None
         self.waiting = ""
 
-    def push(self, token: int) -> Piece:
+    def push(self, token: int, top: list[tuple[int, float]]) -> Piece:
         """Append a token and return what it adds."""
-        self.slot.ids.append(token)
-        self.left -= 1
-        ended = token == self.eot
-        finished: Finished | None = "eot" if ended else None if self.left else "length"
+        slot = self.slot
+        slot.ids.append(token)
+        slot.left -= 1
+        ended = token == slot.eot
+        finished: Finished | None = "eot" if ended else None if slot.left else "length"
         new = self.decoder.push(token) if self.decoder and not ended else ""
         if self.decoder and finished:
             new += self.decoder.flush()
@@ -166,11 +190,14 @@ class _Row:
             finished = "stop"
         elif finished:
             text += self.waiting
-        return Piece(self.row, text, token, finished, tuple(self.slot.top))
+        return Piece(self.row, text, token, finished, tuple(top))
 
 
 def _drive(engine: Engine, rows: list[_Row]) -> Iterator[Piece]:
-    """Step all rows that have a slot; a row that ends leaves its slot to the next that waits."""
+    """Step all rows that have a slot; a row that ends leaves its slot to the next that waits.
+
+    What an engine wrote past the token that ended its row, at a stop string, is thrown away.
+    """
     waiting, free = deque(rows), deque(range(engine.slots))
     active: list[_Row] = []
     try:
@@ -178,17 +205,19 @@ def _drive(engine: Engine, rows: list[_Row]) -> Iterator[Piece]:
             while waiting and free:
                 active.append(waiting.popleft())
                 active[-1].slot.index = free.popleft()
-            drawn = engine.step([row.slot for row in active])
-            still = []
-            for row, token in zip(active, drawn, strict=True):
-                piece = row.push(token)
-                if piece.finished:
-                    engine.release(row.slot.index)
-                    free.append(row.slot.index)
-                else:
-                    still.append(row)
-                yield piece
-            active = still
+            stepped = list(active)
+            begins = any(len(row.slot.ids) == row.slot.prompt_length for row in stepped)
+            drawn = engine.step([row.slot for row in stepped], 1 if begins else STRIDE)
+            for nth, tokens in enumerate(zip_longest(*drawn)):
+                for row, token in zip(stepped, tokens, strict=True):
+                    if token is None or row not in active:
+                        continue
+                    piece = row.push(token, row.slot.top[nth])
+                    if piece.finished:
+                        active.remove(row)
+                        engine.release(row.slot.index)
+                        free.append(row.slot.index)
+                    yield piece
     finally:  # closed early, interrupted, or the engine failed
         for row in active:
             engine.release(row.slot.index)

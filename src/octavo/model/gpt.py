@@ -127,12 +127,13 @@ class GPT(nn.Module):
             positions = torch.arange(idx.size(1), device=idx.device)
         else:
             positions, mask = cache.positions, cache.mask()
+        reach = idx.size(1) if cache is None else cache.end  # above every position
         x = self.tok_emb(idx)
         if self.config.uses_learned_positions:
-            self._check_reach(idx.size(1) if cache is None else cache.end)
+            self._check_reach(reach)
             x = x + self.pos_emb(positions)
         x = self.drop(x)
-        rope = self._rope(positions) if self.config.uses_rope else None
+        rope = self._rope(positions, reach) if self.config.uses_rope else None
         for block in self.blocks:
             if self.grad_checkpoint and self.training:
                 x = checkpoint(block, x, rope, mask, None, attend, use_reentrant=False)
@@ -150,14 +151,14 @@ class GPT(nn.Module):
             elif isinstance(module, Attention):
                 module.dropout = p
 
-    def _rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of these positions; beyond block_size they are computed anew."""
+    def _rope(self, positions: Tensor, reach: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of positions below ``reach``; beyond block_size computed anew."""
         if positions.dim() == 1:
             T = positions.size(0)
             if self.rope_cos.size(0) >= T:
                 return self.rope_cos[:T], self.rope_sin[:T]
             return rope_table(self.config, positions)
-        if self.rope_cos.size(0) > int(positions.max()):
+        if self.rope_cos.size(0) >= reach:
             cos, sin = self.rope_cos[positions], self.rope_sin[positions]
         else:
             cos, sin = rope_table(self.config, positions)

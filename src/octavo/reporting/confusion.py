@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from octavo.disk import write_atomic
-from octavo.errors import MissingExtraError
-from octavo.reporting.curves import BLUE, INK, STYLE
+from octavo.reporting.curves import BLUE, INK, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,11 +26,7 @@ def draw_confusion(report: "Report", path: Path | str) -> None:
 
     Raises `MissingExtraError` without matplotlib and `ResourceError` when the disk refuses.
     """
-    try:
-        from matplotlib import style
-    except ImportError:
-        raise MissingExtraError("viz", "drawing a confusion matrix") from None
-    with style.context(["default", {**STYLE, "axes.grid": False, "font.size": 10}]):
+    with styled("drawing a confusion matrix", {"axes.grid": False, "font.size": 10}):
         from matplotlib.figure import Figure
 
         n = len(report.labels)

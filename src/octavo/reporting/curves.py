@@ -91,7 +91,7 @@ def draw_curves(events: Sequence[Event], path: Path | str) -> None:
 
     Raises `MissingExtraError` without matplotlib and `ResourceError` when the disk refuses.
     """
-    with _style({"font.size": 10}):
+    with styled("drawing curves", {"font.size": 10}):
         from matplotlib.figure import Figure
         from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -116,7 +116,7 @@ def svg_curves(events: Sequence[Event]) -> dict[Panel, str]:
     properties ``--line --noise --accent --rule`` and ``currentColor``. Raises `MissingExtraError`
     without matplotlib.
     """
-    with _style({"font.size": 9.5}):
+    with styled("drawing curves", {"font.size": 9.5}):
         from matplotlib.figure import Figure
 
         drawn = {}
@@ -248,12 +248,12 @@ def _title(events: Sequence[Event]) -> str:
 
 
 @contextmanager
-def _style(more: dict[str, Any]) -> Iterator[None]:
+def styled(wanted_for: str, more: dict[str, Any]) -> Iterator[None]:
     """Matplotlib with our style and nobody's matplotlibrc, its settings put back afterwards."""
     try:
         from matplotlib import style
     except ImportError:
-        raise MissingExtraError("viz", "drawing curves") from None
+        raise MissingExtraError("viz", wanted_for) from None
     with style.context(["default", {**STYLE, **more}]):
         yield
 

@@ -30,8 +30,10 @@ from octavo.text.files import (
     records,
 )
 from octavo.text.python_docs import python_docs
+from octavo.text.token_files import Tokens
 from octavo.text.tokenizer import Tokenizer
 
+Row = np.ndarray | Tokens
 NAMED = ("python-docs", "shakespeare")
 SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -91,12 +93,17 @@ def choose_tokenizer(corpus: Corpus, data: DataConfig) -> Tokenizer:
         kind = "char" if len(corpus.text.encode()) < CHAR_BELOW else "bpe"
     if kind == "char":
         return Tokenizer.char(corpus.text, separator=data.separator, unseen=data.unseen)
-    if kind == "byte":
-        return Tokenizer.byte(separator=data.separator)
-    if kind == "gpt2":
-        return Tokenizer.gpt2()
     if kind == "bpe":
         return Tokenizer.train_bpe(corpus.documents, data.bpe_vocab_size)
+    return ready_tokenizer(kind, data.separator)
+
+
+def ready_tokenizer(kind: str, separator: bool = False) -> Tokenizer:
+    """The tokenizer that needs no text to learn from: byte, gpt2 or a path; else `ConfigError`."""
+    if kind == "byte":
+        return Tokenizer.byte(separator=separator)
+    if kind == "gpt2":
+        return Tokenizer.gpt2()
     if os.path.exists(kind):
         return Tokenizer.load(kind)
     guess = nearest(kind, ("auto", "char", "byte", "gpt2", "bpe", *neighbours(kind)))
@@ -115,7 +122,7 @@ def tokenize(corpus: Corpus, tokenizer: Tokenizer) -> np.ndarray:
     return np.concatenate([first, *(part for ids in others for part in (end, ids))])
 
 
-def split(tokens: np.ndarray, val_fraction: float) -> tuple[np.ndarray, np.ndarray]:
+def split(tokens: Row, val_fraction: float) -> tuple[Row, Row]:
     """Training and validation tokens: views of the first and the last part, which never overlap."""
     n_train = int(len(tokens) * (1 - val_fraction))
     return tokens[:n_train], tokens[n_train:]

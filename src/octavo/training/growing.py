@@ -66,7 +66,9 @@ def _prepared(run: Run, config: Config) -> tuple[Config, dict[str, bytes]]:
     if config.data.source is not None:
         task = prepare(config, "cpu", run.path, run.tokenizer)
         return task.config, task.files
-    model = fit_vocabulary(config.model, run.tokenizer) if run.tokenizer else config.model
+    model = (
+        fit_vocabulary(config.model, run.tokenizer.vocab_size) if run.tokenizer else config.model
+    )
     files = {DATA: (run.path / DATA).read_bytes()}  # it was imported, and has no text
     return dataclasses.replace(config, model=model), files
 
@@ -75,8 +77,11 @@ def _losses(lm: LanguageModel, run: Run, growth: Growth) -> dict[str, Any]:
     """The loss on the old run's validation rows, before and after."""
     config = dataclasses.replace(run.config, finetune=FinetuneConfig())
     has_text = config.data.source is not None
-    val = prepare(config, "cpu", run.path, run.tokenizer).val if has_text else None
-    if val is None:
+    task = prepare(config, "cpu", run.path, run.tokenizer) if has_text else None
+    if task is None or task.val is None:
         return {"remarks": ["there is no validation text to say what the change costs"]}
-    before, after = (score_windows(model, *val).loss for model in (lm.model, growth.model))
+    before, after = (
+        score_windows(model, *task.val, eot_id=task.mask_id).loss
+        for model in (lm.model, growth.model)
+    )
     return {"loss_before": before, "loss_after": after, "change_in_loss": after - before}

@@ -3,22 +3,26 @@
 import contextlib
 import dataclasses
 import time
+from collections.abc import Callable
 from typing import Any
 
 from octavo.adapting.classify import Classifier, evaluate_labels
 from octavo.adapting.lora import trainable_parameters
 from octavo.checkpoint import Run
-from octavo.errors import MissingExtraError, NonFiniteError, ResourceError
+from octavo.errors import MissingExtraError, NonFiniteError, OctavoError, ResourceError
+from octavo.evaluating.hellaswag import HellaSwag
 from octavo.evaluating.perplexity import Score, score_windows
 from octavo.generating.engine import TorchEngine
 from octavo.generating.sampling import PRESETS
 from octavo.generating.writing import complete
-from octavo.language_model import start_ids
+from octavo.language_model import load, start_ids
 from octavo.model.counts import count_parameters
 from octavo.reporting.confusion import draw_confusion
 from octavo.training.display import Display
+from octavo.training.judge import judge, was_judged
 from octavo.training.learner import Learner, Step
 from octavo.training.metrics import MetricsLog, environment
+from octavo.training.packing import pack_run, weights_of
 
 MAX_FAILED_SAVES = 3
 
@@ -26,8 +30,17 @@ MAX_FAILED_SAVES = 3
 class Keeper:
     """Saves, validates and samples a learner; writes each event to the log and the terminal."""
 
-    def __init__(self, learner: Learner, run: Run, log: MetricsLog, display: Display) -> None:
+    def __init__(
+        self,
+        learner: Learner,
+        run: Run,
+        log: MetricsLog,
+        display: Display,
+        hellaswag: HellaSwag | None = None,
+    ) -> None:
         self.learner, self.run, self.log, self.display = learner, run, log, display
+        self.hellaswag, step = hellaswag, learner.progress.step
+        self._judged_step = step if hellaswag and was_judged(run.path, step) else -1
         self._saved_step = learner.progress.step or -1
         self._failed_saves = 0
         self._started = time.monotonic() - learner.progress.seconds
@@ -122,7 +135,7 @@ class Keeper:
                 f"step {progress.step:,}: {report.accuracy:.1%} right, "
                 f"macro-F1 {report.macro_f1:.3f}"
             )
-        else:
+        elif score.bytes:
             figures["val_bpb"] = score.bits_per_byte
         self._write("eval", **figures)
         self.display.validated(progress.step, score, best)
@@ -131,9 +144,37 @@ class Keeper:
             if self._saved_step == progress.step:
                 self.run.mark_best(progress.step, score.loss)
 
+    def judge(self, stopped: Callable[[], bool]) -> bool:
+        """Put HellaSwag's items to the model, once a step; False where ``stopped`` cut it short.
+
+        Too little memory is said and does no harm.
+        """
+        learner, step = self.learner, self.learner.progress.step
+        if self.hellaswag is None or self._judged_step == step:
+            return True
+        try:
+            score = judge(self.hellaswag, learner, stopped)
+        except (MemoryError, RuntimeError) as error:  # the latter is what torch raises
+            reason = (str(error).splitlines() or ["out of memory"])[0]
+            self.display.say(f"warning: not judged: {reason}; training goes on")
+            return True
+        if score is None:
+            return False
+        self._judged_step = step
+        self._write(
+            "judge",
+            hellaswag_acc=score.acc,
+            hellaswag_acc_norm=score.acc_norm,
+            stderr=score.stderr,
+            n=score.n,
+            protocol=score.protocol,
+        )
+        self.display.say(f"step {step:,}: {score.line()}")
+        return True
+
     def sample(self) -> None:
-        """Let the model write a little, into samples.txt and the log."""
-        if isinstance(self.learner.model, Classifier):
+        """Let the model write a little, into samples.txt and the log, if it writes texts."""
+        if isinstance(self.learner.model, Classifier) or self.learner.task.tokenizer is None:
             return
         prompt, text = self.learner.task.config.log.sample_prompt, sample(self.learner)
         self._write("sample", prompt=prompt, text=text)
@@ -149,6 +190,23 @@ class Keeper:
             best_step=progress.best_step,
             best_val_loss=progress.best_val_loss,
             skipped=progress.skipped,
+        )
+
+    def pack(self) -> None:
+        """Pack the best weights to `train.quantize`; a failure is said and does no harm."""
+        precision = self.learner.task.config.train.quantize
+        if precision is None:
+            return
+        try:
+            lm = load(self.run.path, device="cpu", speculate="off")
+            facts = pack_run(lm, weights_of(lm), precision)
+        except OctavoError as error:
+            again = f"octavo quantize {self.run.path} --to {precision}"
+            self.display.say(f"warning: not packed: {error}; try again with: {again}")
+            return
+        self.display.say(
+            f"packed step {facts['step']:,} to {precision}: {facts['packed_bytes'] / 1e6:,.1f} MB, "
+            f"{facts['fp32_bytes'] / facts['packed_bytes']:.1f} times smaller"
         )
 
     def _write(self, event: str, **values: Any) -> None:
@@ -175,14 +233,16 @@ def due(step: int, every: int) -> bool:
 
 def validate(learner: Learner) -> Score:
     """Loss on the task's fixed validation windows."""
-    assert learner.task.val is not None
+    task = learner.task
+    assert task.val is not None
     with learner.autocast():
-        return score_windows(learner.model, *learner.task.val, learner.task.byte_lengths)
+        return score_windows(learner.model, *task.val, task.byte_lengths, eot_id=task.mask_id)
 
 
 def sample(learner: Learner) -> str:
     """What the model writes now, by the nucleus preset and the run's seed."""
     config, tokenizer, model = learner.task.config, learner.task.tokenizer, learner.body
+    assert tokenizer is not None
     settings = dataclasses.replace(PRESETS["nucleus"], seed=config.train.seed)
     prompt = start_ids(tokenizer, config.log.sample_prompt or None)
     engine = TorchEngine(model, slots=1, vocab=tokenizer.vocab_size)

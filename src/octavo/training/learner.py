@@ -16,6 +16,7 @@ from octavo.checkpoint import Run
 from octavo.errors import ConfigError
 from octavo.generating.sampling import splitmix64
 from octavo.model.gpt import GPT, cross_entropy
+from octavo.text.batches import document_mask
 from octavo.training.display import Display
 from octavo.training.metrics import layer_norms
 from octavo.training.optim import (
@@ -156,8 +157,7 @@ def optimizer_step(learner: Learner, with_layers: bool = False) -> Step:
     for row, (x, y) in zip(starts, batches, strict=True):
         if dropout or config.lora.dropout:
             torch.manual_seed(splitmix64(splitmix64(train.seed, progress.step), row))
-        with learner.autocast():
-            nll = learner.loss(learner.model, _to(x, learner.device), _to(y, learner.device))
+        nll = _nll(learner, learner.loss, x, y)
         learner.scaler.scale(nll / n_targets).backward()
         total += nll.detach()
     learner.scaler.unscale_(learner.optimizer)
@@ -197,15 +197,21 @@ def _compile(learner: Learner, display: Display) -> None:
     compiled = torch.compile(learner.loss)
     x, y = learner.task.batches.rows(0, learner.task.config.train.micro_batch_size)
     try:
-        with learner.autocast():
-            nll = compiled(learner.model, _to(x, learner.device), _to(y, learner.device))
-        nll.backward()
+        _nll(learner, compiled, x, y).backward()
     except Exception as error:  # compilers fail in many ways, and eager training does not need one
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         display.say(f"warning: torch.compile does not work here ({reason}); going on without it")
     else:
         learner.loss = compiled
     learner.optimizer.zero_grad(set_to_none=True)
+
+
+def _nll(learner: Learner, loss: Callable[..., Tensor], x: np.ndarray, y: np.ndarray) -> Tensor:
+    """Summed loss of the rows ``x`` and their targets ``y``, each (B, T)."""
+    eot_id, device = learner.task.mask_id, learner.device
+    mask = None if eot_id is None else _to(document_mask(x, eot_id), device)
+    with learner.autocast():
+        return loss(learner.model, _to(x, device), _to(y, device), mask)
 
 
 def _to(array: np.ndarray, device: torch.device) -> Tensor:

@@ -18,6 +18,7 @@ from octavo.errors import ConfigError, Preempted
 from octavo.language_model import choose_device
 from octavo.reporting.report import draw_run
 from octavo.training.display import Display
+from octavo.training.judge import read_hellaswag
 from octavo.training.keeper import Keeper, due
 from octavo.training.learner import Learner, build_learner, optimizer_step, restore
 from octavo.training.metrics import MetricsLog, last_event
@@ -49,13 +50,14 @@ def train(
         device = choose_device(config.train.device)
         run, task = _open(config, Path(out), resume, device.type)
         display.say(task.data["description"])
+        hellaswag = read_hellaswag(task)
         learner = build_learner(task, device, display)
         if run is None:  # only now that nothing can be wrong with what was asked for
             run = Run.create(out, task.config, task.tokenizer, files=task.files)
         stack.enter_context(run.locked())
         restore(learner, run, display)
         log = stack.enter_context(contextlib.closing(MetricsLog(run.path, task.config)))
-        keeper = Keeper(learner, run, log, display)
+        keeper = Keeper(learner, run, log, display, hellaswag)
         if _is_over(learner) and last_event(log.path) == "end":
             display.say(f"{run.path} is finished; more train.max_steps would carry it on")
         else:
@@ -64,11 +66,17 @@ def train(
             reason = _loop(learner, keeper, stop)
             keeper.end(reason)
             draw_run(run.path)
+            keeper.pack()
         progress = learner.progress
         reason = "finished" if progress.step >= config.train.max_steps else "early stop"
-        return TrainResult(
+        result = TrainResult(
             run.path, progress.step, progress.best_step, progress.best_val_loss, reason
         )
+    if config.train.draft:
+        from octavo.training.draft import train_draft
+
+        train_draft(result.run, quiet=quiet)
+    return result
 
 
 def _loop(learner: Learner, keeper: Keeper, stop: "_Stop") -> str:
@@ -76,6 +84,8 @@ def _loop(learner: Learner, keeper: Keeper, stop: "_Stop") -> str:
     config, progress = learner.task.config, learner.progress
     if progress.step and due(progress.step, config.eval.every):
         keeper.validate()  # a resumed run may have been killed between saving and validating
+    if progress.step and due(progress.step, config.eval.hellaswag_every):
+        _judge(learner, keeper, stop)
     while not _is_over(learner):
         started = time.perf_counter()
         with_layers = config.log.layers and due(progress.step + 1, config.log.every)
@@ -91,9 +101,19 @@ def _loop(learner: Learner, keeper: Keeper, stop: "_Stop") -> str:
             keeper.validate()
         if last or due(progress.step, config.log.sample_every):
             keeper.sample()
+        if due(progress.step, config.eval.hellaswag_every):
+            _judge(learner, keeper, stop)
     keeper.save()
     keeper.validate()
+    _judge(learner, keeper, stop)
     return "finished" if progress.step >= config.train.max_steps else "early stop"
+
+
+def _judge(learner: Learner, keeper: Keeper, stop: "_Stop") -> None:
+    """By HellaSwag: it may take long and much memory, so the run is saved before."""
+    keeper.save()
+    if not keeper.judge(lambda: bool(stop.requested)):
+        _say_goodbye(learner, keeper, stop)
 
 
 def _is_over(learner: Learner) -> bool:

@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 
+from octavo.adapting.classify import Classifier
 from octavo.adapting.lora import merge
 from octavo.checkpoint import Run
 from octavo.config import FinetuneConfig, LoraConfig
 from octavo.errors import ConfigError, ParityError
 from octavo.exchanging.peft import from_peft
 from octavo.language_model import LanguageModel
+from octavo.model.gpt import GPT
 from octavo.training.task import DATA
 
 TOLERANCE = 1e-5  # of the largest logit
@@ -44,10 +46,27 @@ def import_adapter(directory: Path | str, base: LanguageModel, out: Path | str) 
 def _write_merged(
     lm: LanguageModel, source: Run, out: Path | str, facts: dict[str, Any]
 ) -> dict[str, Any]:
-    """Fold the adapters in, compare logits, and only then write the run."""
+    """Fold the adapters in and, if they are, write the run."""
     model, config = lm.model, source.config
-    torch.manual_seed(config.train.seed)
-    ids = torch.randint(lm.config.vocab_size, (1, min(TEXT, lm.config.block_size)))
+    difference = fold_in(model)
+    labels = FinetuneConfig(labels=config.finetune.labels)
+    plain = dataclasses.replace(config, lora=LoraConfig(), finetune=labels)
+    taken = [source.path / name for name in (DATA, "tokenizer_config.json")]
+    files = {path.name: path.read_bytes() for path in taken if path.exists()}
+    figures = {"largest_change_of_a_logit": difference}
+    Run.create_with_weights(
+        out, plain, source.tokenizer, files, model.state_dict(), facts | figures
+    )
+    return figures | {"parameters": sum(p.numel() for p in model.parameters())}
+
+
+def fold_in(model: GPT | Classifier) -> float:
+    """Merge ``model``'s adapters; the largest change of a logit, as a share of the largest logit.
+
+    Raises `ParityError` where it changes more than rounding does.
+    """
+    text = min(TEXT, model.config.block_size)
+    ids = torch.randint(model.config.vocab_size, (1, text), generator=torch.Generator())
     with torch.no_grad():
         before = model(ids)
         merge(model)
@@ -58,12 +77,4 @@ def _write_merged(
             f"{TOLERANCE:.0e} is allowed",
             "keep the adapter apart; nothing was written",
         )
-    labels = FinetuneConfig(labels=config.finetune.labels)
-    plain = dataclasses.replace(config, lora=LoraConfig(), finetune=labels)
-    taken = [source.path / name for name in (DATA, "tokenizer_config.json")]
-    files = {path.name: path.read_bytes() for path in taken if path.exists()}
-    figures = {"largest_change_of_a_logit": difference}
-    Run.create_with_weights(
-        out, plain, source.tokenizer, files, model.state_dict(), facts | figures
-    )
-    return figures | {"parameters": sum(p.numel() for p in model.parameters())}
+    return difference

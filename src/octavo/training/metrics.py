@@ -38,7 +38,7 @@ class MetricsLog:
         line |= {name: _json_safe(value) for name, value in values.items()}
         self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
         self._file.flush()
-        if event in ("train", "eval"):
+        if event in ("train", "eval", "judge"):
             numbers = {
                 f"{event}/{name}": float(value)
                 for name, value in values.items()

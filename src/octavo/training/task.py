@@ -20,12 +20,12 @@ from octavo.model.counts import flops_per_token
 from octavo.model.gpt import GPT
 from octavo.text.batches import Batches, fixed_windows
 from octavo.text.chat import ChatTemplate
-from octavo.text.corpus import choose_tokenizer, read_corpus, split, tokenize
 from octavo.text.examples import Examples, read_examples, split_examples
+from octavo.text.token_files import Tokens
 from octavo.text.tokenizer import Tokenizer
+from octavo.training.source import read_source
 
 DATA = "data.json"  # which text a run learns from: name, SHA-256, tokens
-PIPED = "input.txt"  # where a run keeps the text it got on standard input
 
 # Compiling takes a minute or so and gains about a tenth on CPUs, a third and more on GPUs: `auto`
 # compiles when the run is expected to last so much longer. Rough rates are enough to tell.
@@ -39,7 +39,8 @@ class Rows:
 
     batches: Batches | Examples
     val: tuple[np.ndarray, np.ndarray] | None
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
+    vocab_size: int
     data: dict[str, Any]
     labels: list[str] = field(default_factory=list)
     files: dict[str, bytes] = field(default_factory=dict)
@@ -50,7 +51,8 @@ class Task:
     """Everything `train` needs but the model: settings in full, batches, validation windows."""
 
     config: Config
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None
+    """None where the data are ids of an unknown tokenizer: the model takes and gives ids."""
     batches: Batches | Examples
     val: tuple[np.ndarray, np.ndarray] | None
     data: dict[str, Any]
@@ -62,8 +64,15 @@ class Task:
 
     @property
     def byte_lengths(self) -> np.ndarray | None:
-        """Bytes in each token (V,); None where the targets are labels."""
-        return None if self.config.finetune.labels else self.tokenizer.byte_lengths()
+        """Bytes in each token (V,); None where the targets are labels, or ids without a text."""
+        if self.config.finetune.labels or self.tokenizer is None:
+            return None
+        return self.tokenizer.byte_lengths()
+
+    @property
+    def mask_id(self) -> int | None:
+        """The end-of-text token that attention may not cross; None where it may."""
+        return self.batches.eot_id if isinstance(self.batches, Batches) else None
 
 
 def prepare(config: Config, device: str, out: Path, tokenizer: Tokenizer | None = None) -> Task:
@@ -74,11 +83,11 @@ def prepare(config: Config, device: str, out: Path, tokenizer: Tokenizer | None 
     and `ConfigError` where the settings cannot go together.
     """
     base = load_base(config.finetune) if config.finetune.base else None
-    tokenizer = tokenizer or (base.tokenizer if base else None)
+    tokenizer = tokenizer or (base.tokenizer if base and base.has_tokenizer else None)
     rows = (_windows if config.data.kind == "text" else _examples)(config, out, tokenizer, base)
     data = rows.data | {
-        "tokenizer": rows.tokenizer.kind,
-        "tokenizer_sha256": rows.tokenizer.fingerprint,
+        "tokenizer": rows.tokenizer.kind if rows.tokenizer else None,
+        "tokenizer_sha256": rows.tokenizer.fingerprint if rows.tokenizer else None,
     }
     return Task(
         config=_resolve(config, rows, device, base),
@@ -94,27 +103,23 @@ def prepare(config: Config, device: str, out: Path, tokenizer: Tokenizer | None 
 def _windows(
     config: Config, out: Path, tokenizer: Tokenizer | None, base: LanguageModel | None
 ) -> Rows:
-    """Windows of one long text."""
-    from_stdin = config.data.source == "-"
-    kept = from_stdin and (out / PIPED).exists()
-    corpus = read_corpus(str(out / PIPED) if kept else config.data.source, config.data.field)
-    tokenizer = tokenizer or choose_tokenizer(corpus, config.data)
-    tokens = tokenize(corpus, tokenizer)
-    data = {"name": corpus.name, "sha256": corpus.sha256, "description": corpus.description}
-    if config.data.val_source is None:
-        train_tokens, val_tokens = split(tokens, config.data.val_fraction)
-    else:
-        val_corpus = read_corpus(config.data.val_source, config.data.field)
-        train_tokens, val_tokens = tokens, tokenize(val_corpus, tokenizer)
-        data["val_sha256"] = val_corpus.sha256
-    data |= {"tokens": len(train_tokens), "val_tokens": len(val_tokens)}
+    """Windows of one long text, or of tokens that were prepared before."""
+    source = read_source(config, out, tokenizer)
+    eot_id = source.eot_id if config.data.mask_documents else None
+    if config.data.mask_documents and eot_id is None:
+        raise ConfigError(
+            "data.mask_documents needs an end-of-text token, and there is none",
+            fix="data.separator=true gives one to characters and bytes; bpe and gpt2 have one",
+        )
     T, seed = config.model.block_size, config.train.seed
+    has_val = len(source.val) > 0
     return Rows(
-        batches=Batches(train_tokens, T, seed, config.data.sampling),
-        val=fixed_windows(val_tokens, T, config.eval.windows) if len(val_tokens) else None,
-        tokenizer=tokenizer,
-        data=data,
-        files={PIPED: corpus.text.encode()} if from_stdin else {},
+        batches=Batches(source.train, T, seed, config.data.sampling, eot_id),
+        val=fixed_windows(source.val, T, config.eval.windows, eot_id) if has_val else None,
+        tokenizer=source.tokenizer,
+        vocab_size=source.vocab_size,
+        data=source.data | {"tokens": len(source.train), "val_tokens": len(source.val)},
+        files=source.files,
     )
 
 
@@ -145,6 +150,7 @@ def _examples(
         batches=Examples(train, width, config.train.seed),
         val=Examples(val, width, 0).all() if val else None,
         tokenizer=tokenizer,
+        vocab_size=tokenizer.vocab_size,
         data=data,
         labels=read.labels,
         files=template.files() if template else {},
@@ -155,6 +161,7 @@ def check_resumable(old: Config, new: Config) -> None:
     """Refuse settings that would make the rest of a run another experiment, naming each."""
     free = ("eval.", "checkpoint.", "log.", "train.max_steps", "train.device", "train.patience")
     free += ("train.max_bad_steps", "train.compile", "train.micro_batch_size", "train.grad_accum")
+    free += ("train.quantize", "train.draft")
     before, after = flatten(old), flatten(new)
     changed = [
         f"{key} {before[key]} -> {after[key]}"
@@ -173,35 +180,46 @@ def check_resumable(old: Config, new: Config) -> None:
 def check_same_text(task: Task, run: Path) -> None:
     """Refuse to go on with another text than the run was started with."""
     before = read_json(run / DATA)
-    if before.get("sha256") != task.data["sha256"]:
-        raise DataError(
-            f"the text has changed: its SHA-256 is {task.data['sha256']}, "
-            f"the run began with {before.get('sha256')}",
-            str(task.data["name"]),
-            "restore the text, or start another run with --out",
-        )
+    for key, what in (("sha256", "text"), ("val_sha256", "validation text")):
+        if before.get(key) != task.data.get(key):
+            raise DataError(
+                f"the {what} has changed: its SHA-256 is {task.data.get(key)}, "
+                f"the run began with {before.get(key)}",
+                str(task.data["name"]),
+                "restore the text, or start another run with --out",
+            )
 
 
 def score_validation(lm: LanguageModel) -> Score:
     """The loss of a run's model on the validation windows it was trained with."""
-    return score_windows(lm.model, *_validation(lm), lm.tokenizer.byte_lengths())
+    task, val = _validation(lm)
+    return score_windows(lm.model, *val, task.byte_lengths, eot_id=task.mask_id)
+
+
+def validation_tokens(lm: LanguageModel) -> np.ndarray | Tokens:
+    """The ids (N,) of the text that a run was validated on, in order."""
+    if lm.run is None or lm.run.config.data.source is None:
+        raise _no_text("this model came from elsewhere, without a validation text")
+    return read_source(lm.run.config, lm.run.path, lm.run.tokenizer).val
 
 
 def judge_validation(lm: LanguageModel) -> Report:
     """How well a run's classifier sorts the validation texts it was trained beside."""
     assert isinstance(lm.model, Classifier)
-    return evaluate_labels(lm.model, *_validation(lm))
+    return evaluate_labels(lm.model, *_validation(lm)[1])
 
 
-def _validation(lm: LanguageModel) -> tuple[np.ndarray, np.ndarray]:
+def _validation(lm: LanguageModel) -> tuple[Task, tuple[np.ndarray, np.ndarray]]:
     if lm.run is None or lm.run.config.data.source is None:
-        raise ConfigError(
-            "this model came from elsewhere, without a validation text", fix="use --perplexity FILE"
-        )
-    task = prepare(lm.run.config, "cpu", lm.run.path, lm.tokenizer)
+        raise _no_text("this model came from elsewhere, without a validation text")
+    task = prepare(lm.run.config, "cpu", lm.run.path, lm.run.tokenizer)
     if task.val is None:
-        raise ConfigError(f"{lm.run.path} has no validation text", fix="use --perplexity FILE")
-    return task.val
+        raise _no_text(f"{lm.run.path} has no validation text")
+    return task, task.val
+
+
+def _no_text(why: str) -> ConfigError:
+    return ConfigError(why, fix="use --perplexity FILE")
 
 
 def flatten(config: Config) -> dict[str, Any]:
@@ -214,7 +232,7 @@ def flatten(config: Config) -> dict[str, Any]:
 
 
 def _resolve(config: Config, rows: Rows, device: str, base: LanguageModel | None) -> Config:
-    model = fit_vocabulary(config.model, rows.tokenizer)
+    model = fit_vocabulary(config.model, rows.vocab_size)
     finetune = dataclasses.replace(config.finetune, labels=rows.labels)
     if base is not None:
         given = dataclasses.replace(model, dropout=base.config.dropout)
@@ -236,15 +254,18 @@ def _resolve(config: Config, rows: Rows, device: str, base: LanguageModel | None
     train = dataclasses.replace(
         config.train, compile=_compile_pays(config, model, device.partition(":")[0])
     )
-    return dataclasses.replace(config, model=model, data=data, train=train, finetune=finetune)
+    judge = dataclasses.replace(config.eval, hellaswag=_one_absolute(config.eval.hellaswag))
+    return dataclasses.replace(
+        config, model=model, data=data, train=train, eval=judge, finetune=finetune
+    )
 
 
-def fit_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
-    """The model's configuration with room for every id of ``tokenizer``."""
-    wanted = model.vocab_size or tokenizer.vocab_size
-    if wanted < tokenizer.vocab_size:
+def fit_vocabulary(model: ModelConfig, vocab_size: int) -> ModelConfig:
+    """The model's configuration with room for every id of a tokenizer of ``vocab_size``."""
+    wanted = model.vocab_size or vocab_size
+    if wanted < vocab_size:
         raise ConfigError(
-            f"model.vocab_size={wanted} is smaller than the tokenizer's {tokenizer.vocab_size}",
+            f"model.vocab_size={wanted} is smaller than the tokenizer's {vocab_size}",
             fix="leave model.vocab_size out: the tokenizer decides",
         )
     padded = math.ceil(wanted / model.pad_vocab_to) * model.pad_vocab_to
@@ -254,16 +275,19 @@ def fit_vocabulary(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
 def absolute(source: str | list[str] | None) -> str | list[str] | None:
     """Paths made absolute, so that a run goes on from any directory; names stay names."""
     if isinstance(source, list):
-        return [str(absolute(item)) for item in source]
+        return [str(_one_absolute(item)) for item in source]
+    return _one_absolute(source)
+
+
+def _one_absolute(source: str | None) -> str | None:
     if source is None or source == "-":
         return source
-    return (
-        str(Path(source).resolve()) if Path(source).exists() or glob.has_magic(source) else source
-    )
+    is_path = Path(source).exists() or glob.has_magic(source)
+    return str(Path(source).resolve()) if is_path else source
 
 
-def _tokenizer_name(data: DataConfig, tokenizer: Tokenizer) -> str:
-    if data.tokenizer == "auto":
+def _tokenizer_name(data: DataConfig, tokenizer: Tokenizer | None) -> str:
+    if data.tokenizer == "auto" and tokenizer:
         return tokenizer.kind
     return str(Path(data.tokenizer).resolve()) if Path(data.tokenizer).exists() else data.tokenizer
 
