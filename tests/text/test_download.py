@@ -19,11 +19,16 @@ def url(web):
     return address + "text.txt"
 
 
+def downloads(cache: Path) -> list[str]:
+    """What the cache holds besides the native engine."""
+    return [path.name for path in cache.iterdir() if not path.name.startswith("native-")]
+
+
 def test_a_download_is_kept_and_used_without_a_network(url, web, cache_dir):
     assert fetch("kept.txt", url, SHA256, "otherwise") == DATA
     (web[1] / "text.txt").unlink()
     assert fetch("kept.txt", url, SHA256, "otherwise") == DATA
-    assert [path.name for path in cache_dir.iterdir()] == ["kept.txt"]
+    assert downloads(cache_dir) == ["kept.txt"]
 
 
 def test_other_bytes_are_refused_and_not_kept(url, cache_dir):
@@ -32,7 +37,7 @@ def test_other_bytes_are_refused_and_not_kept(url, cache_dir):
     ) as error:
         fetch("kept.txt", url, "0" * 64, "do this")
     assert error.value.exit_code == 6
-    assert list(cache_dir.iterdir()) == []
+    assert downloads(cache_dir) == []
 
 
 def test_a_damaged_cache_is_replaced(url, cache_dir):

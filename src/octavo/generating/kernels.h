@@ -10,7 +10,7 @@
 //             0.504 s sum |w| + 2^-23 |y|. So int8 * fp32, whatever outliers a GELU lets through;
 //   I4        x is rounded to 8 bits in each group, s = max|x in the group|/127:
 //             0.504 sum over the groups (s sum |w|) + 2^-23 (groups + 2) sum |w x'|.
-// I8 and I4 give the same bits on every instruction set. A NaN or an infinity makes its token NaN.
+// I8 and I4 give the same bits on every instruction set; a NaN or an infinity spoils its whole token.
 //
 // Build with -O3 -std=c++17 -ffp-contract=off -pthread, and no -march: the instruction set is picked
 // as it runs. The file includes itself once for each, with OCTAVO_TARGET naming it.
@@ -301,8 +301,8 @@ inline const Kernels* pick(const char* forced, const char** reason) {
 
 #else  // OCTAVO_TARGET
 
-// Nothing of the standard library's templates is used in here: what one region instantiates, another
-// would call. Vectors are the compiler's own, so that + and * are written once.
+// No template of the standard library is used in here: what one region instantiates, another would
+// call. Vectors are the compiler's own, so that + and * are written once.
 #if OCTAVO_TARGET == 0
 #define OCTAVO_NAME scalar
 #elif OCTAVO_TARGET == 1
@@ -666,8 +666,8 @@ static void product(const Matrix& m, const Activations& a, int64_t first, int64_
 }
 
 // Round the n floats at x to integers, the largest to `most`, and zeros up to width, as the numbers of
-// the vector Q at q (it may write W - 1 more). Returns the scale, NaN where a number is not finite;
-// `total` gets the integers' sum.
+// the vector Q at q (it may write W - 1 more). Returns the scale, infinite or NaN where a number
+// is; `total` gets the integers' sum.
 template <class Q>
 OCTAVO_INLINE float round_all(const float* x, int64_t n, int64_t width, float most, void* q, int32_t* total) {
     const float magic = 0x1.8p23f;  // whose last bit is worth 1: adding it rounds to nearest, ties to even
@@ -687,7 +687,7 @@ OCTAVO_INLINE float round_all(const float* x, int64_t n, int64_t width, float mo
     Four all{};
     OCTAVO_UNROLL for (int i = 0; i < W / 4; i++) all += four(sum, i);
     *total = all[0] + all[1] + all[2] + all[3];
-    return tiny ? 0 : finite ? largest / most : __builtin_nanf("");
+    return tiny ? 0 : largest / most;
 }
 
 static void prepare(const Matrix& m, const Activations& a, int64_t first, int64_t last) {

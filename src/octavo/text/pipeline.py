@@ -22,12 +22,12 @@ from octavo.text.encoding import Encoded, cut_for, encode_all
 from octavo.text.overlap import Seen, share_found
 from octavo.text.prepare_request import Request
 from octavo.text.shard_writer import ShardWriter, open_at
-from octavo.text.shards import Dataset, Shard, write_manifest
+from octavo.text.shards import PROGRESS, Dataset, Shard, write_manifest
 from octavo.text.streaming import Cut, Piece, Source, benchmark_texts, find_sources, read
 from octavo.text.token_files import Tokens, choose_dtype, read_tokens
 from octavo.text.tokenizer import Tokenizer
 
-PROGRESS, DIGESTS = "progress.json", "digests.part"
+DIGESTS = "digests.part"
 BATCH = 1 << 20  # characters that a process gets at once
 SAVE_EVERY = 10.0  # seconds
 FEW_SOURCES = 10  # up to which each one's share is told

@@ -19,7 +19,6 @@ from octavo import disk
 from octavo.errors import ConfigError, DataError, OctavoError
 from octavo.text.files import byte_size, counted
 from octavo.text.pipeline import (
-    PROGRESS,
     Preparation,
     State,
     Step,
@@ -29,7 +28,7 @@ from octavo.text.pipeline import (
 )
 from octavo.text.prepare_request import Request, refuse_changes
 from octavo.text.shard_writer import PART
-from octavo.text.shards import MANIFEST, Dataset
+from octavo.text.shards import MANIFEST, PROGRESS, Dataset
 from octavo.text.streaming import Source, after_word, find_sources, with_ends_for_validation
 from octavo.text.tokenizer import Tokenizer
 

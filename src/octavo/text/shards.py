@@ -30,6 +30,7 @@ from octavo.text.token_files import SUFFIXES, Tokens, choose_dtype, largest_id, 
 from octavo.text.tokenizer import Tokenizer
 
 MANIFEST = "dataset.json"
+PROGRESS = "progress.json"  # what a preparation that is not finished has instead
 FORMAT, VERSION = "octavo-tokens", 1
 BLOCK = 1 << 24  # bytes of a file under one SHA-256
 SAMPLE, SAMPLES = 1 << 16, 4  # bytes looked at in a file without hashes, and in how many places
@@ -158,6 +159,9 @@ class Dataset:
         items = [source] if isinstance(source, str | Path) else list(source or [])
         homes = [Path(item) for item in items if os.path.isdir(item)]
         prepared = [home for home in homes if (home / MANIFEST).is_file()]
+        for home in homes:
+            if home not in prepared and (home / PROGRESS).is_file():
+                raise _unfinished(home)
         if prepared and len(items) == 1:
             return cls(str(items[0]), home=prepared[0], **_read_manifest(prepared[0]))
         files = [_token_files(str(item)) for item in items]
@@ -273,6 +277,15 @@ def _verify_ids(path: Path, shard: Shard, vocab_size: int) -> None:
                 "prepare the dataset again with the right tokenizer",
             )
         position += len(ids)
+
+
+def _unfinished(home: Path) -> DataError:
+    """Its shards could be read, and nobody would see that half of the text is missing."""
+    try:
+        command = json.loads((home / PROGRESS).read_bytes())["go_on"]
+    except (OSError, ValueError, LookupError, TypeError):
+        command = "octavo data prepare"
+    return DataError("this preparation is not finished", f"in {home}", f"go on with: {command}")
 
 
 def _token_files(item: str) -> list[Path]:

@@ -235,7 +235,7 @@ class Tokenizer:
             return np.frombuffer(data, dtype=np.uint8)
         if self._tiktoken is not None:
             with suppress(ValueError):  # its regular expressions give up on a million blanks
-                return self._tiktoken.encode_to_numpy(text)
+                return self._tiktoken.encode_to_numpy(text, disallowed_special=())
         return np.array(self._library.encode(text, add_special_tokens=False).ids, dtype=np.int64)
 
     def _encode_characters(self, text: str) -> np.ndarray:
@@ -271,8 +271,11 @@ class Tokenizer:
 
         special = set(self._special.values())
         ranks = {token: i for i, token in enumerate(self._tokens) if i not in special}
+        # It looks for special tokens all the same: without any, at every character, which takes
+        # half as long again. None is ever read as such, so this one's id does not matter.
+        named = {EOT: self.vocab_size}
         return tiktoken.Encoding(
-            "octavo", pat_str=GPT2_CUT, mergeable_ranks=ranks, special_tokens={}
+            "octavo", pat_str=GPT2_CUT, mergeable_ranks=ranks, special_tokens=named
         )
 
     @cached_property
