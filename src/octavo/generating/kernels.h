@@ -679,8 +679,8 @@ OCTAVO_INLINE float round_all(const float* x, int64_t n, int64_t width, float mo
     const bool tiny = bits < 0x10000000, finite = bits < 0x7f800000;  // tiny, below 2^-95: its inverse overflows
     const float largest = read<float>(&bits), inverse = tiny || !finite ? 0 : most / largest;
     I sum{};
-    for (int64_t k = 0; k < width; k += W) {
-        I integers = (I)(get(x + k, n - k) * inverse + magic) - (I)spread(magic);
+    for (int64_t k = 0; k < width; k += W) {  // NaN has no integer: zeros in its place
+        I integers = (I)(get(x + k, finite ? n - k : 0) * inverse + magic) - (I)spread(magic);
         sum += integers;
         put((char*)q + k * int64_t(sizeof(Q) / W), shrink<Q>(integers));
     }
