@@ -14,10 +14,12 @@ import statistics
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import kernels
 import write_peers
 from measure import Peers, Work, measure, options, timed
 from record import command as typed
@@ -51,11 +53,12 @@ def work(make: Callable[..., write_peers.Writer], name: str, folder: Path, threa
     return Work(answer, functools.partial(timed, lambda: engine.write(prompts, new), amount))
 
 
-def limit_work(folder: Path, threads: int) -> Work:
+def limit_work(folder: Path, threads: int, library: Path) -> Work:
     """How many times a second the bytes of one fp32 token can be read."""
-    from kernels import read_rate
-
-    return Work(None, lambda: read_rate(threads) / bytes_a_token(folder)["fp32"])
+    settings = Namespace(isa="", threads=threads, tokens=1)
+    read = kernels.work(library, settings, kernels.PRODUCTS["fp32"], read=True)
+    size = bytes_a_token(folder)["fp32"] / 1e9
+    return Work(None, lambda: read.round() / size)
 
 
 def bytes_a_token(folder: Path) -> dict[str, float]:
@@ -219,7 +222,8 @@ def main() -> None:
     }
     if asked.what == "resources":
         return resources(folder, asked, peers)
-    peers[LIMIT] = functools.partial(limit_work, folder, asked.threads)
+    library = kernels.compile_to(str(folder))
+    peers[LIMIT] = functools.partial(limit_work, folder, asked.threads, library)
     pairs = [(f"octavo {p}", other) for p, other in PAIRS if {f"octavo {p}", other} <= set(peers)]
     derive = functools.partial(shares, folder) if asked.what.startswith("decode") else None
     name = f"generate-{asked.shape}-{asked.what}"
