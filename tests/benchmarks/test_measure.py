@@ -88,6 +88,33 @@ def test_a_busy_machine_is_refused_and_with_allow_noise_marked(
     assert json.loads(records(tmp_path)[0].read_text(encoding="utf-8"))["noisy"]
 
 
+def test_a_round_in_which_the_machine_was_slow_is_set_aside(
+    asked: argparse.Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The second of eleven rounds: the witness halves, and what was measured beside it goes too."""
+
+    def in_order(*rates: float) -> partial[float]:
+        return partial(list.pop, [*reversed(rates)])
+
+    witness = in_order(50.0, 50.0, 25.0, *[50.0] * 9)  # the first one warms up
+    ours = in_order(30.0, 30.0, 99.0, *[30.0] * 9)
+    monkeypatch.setattr(measure, "matrix_product", partial(measure.Work, 0, witness))
+    measure.measure("idle", {"ours": partial(measure.Work, 1, ours)}, equal, "rounds/s", asked)
+    written = json.loads(records(tmp_path)[0].read_text(encoding="utf-8"))
+    assert (written["rounds"], written["set_aside"], written["noisy"]) == (10, 1, False)
+    assert written["results"][0]["high"] == 30.0
+
+
+def test_a_machine_that_is_never_steady_is_refused(
+    asked: argparse.Namespace, monkeypatch: pytest.MonkeyPatch
+):
+    witness = partial(list.pop, [50.0, 25.0] * 12)
+    monkeypatch.setattr(measure, "matrix_product", partial(measure.Work, 0, witness))
+    asked.rounds, asked.allow_noise = 11, False
+    with pytest.raises(SystemExit, match="not quiet"):
+        measure.measure("idle", peers({"ours": 1}), equal, "rounds/s", asked)
+
+
 def test_too_few_rounds_are_refused(asked: argparse.Namespace):
     asked.rounds = 9
     with pytest.raises(SystemExit, match="at least 10"):
