@@ -1,4 +1,4 @@
-"""Fill the pages' tables from the records: `python benchmarks/tables.py` rewrites README and docs.
+"""Tables and pictures from the records: `python benchmarks/tables.py` rewrites README and docs.
 
 Whatever stands between ``<!-- record: NAME -->`` and ``<!-- end -->`` is replaced by the newest
 ``records/NAME-CPU-DATE.json`` as a table. A test fails while pages and records differ.
@@ -54,5 +54,9 @@ def fill(text: str, records: Path = RECORDS) -> str:
 
 
 if __name__ == "__main__":
+    from pictures import drawn
+
     for page in PAGES:
         page.write_text(fill(page.read_text(encoding="utf-8")), encoding="utf-8")
+    for picture, text in drawn().items():
+        picture.write_text(text, encoding="utf-8")

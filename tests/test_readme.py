@@ -118,3 +118,9 @@ def test_a_table_is_drawn_from_the_newest_record(tmp_path: Path):
     assert fill(drawn, tmp_path) == drawn
     with pytest.raises(FileNotFoundError, match="speed"):
         fill("<!-- record: speed -->\n<!-- end -->", tmp_path)
+
+
+def test_every_picture_is_drawn_from_the_newest_record(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    for path, text in runpy.run_path(str(ROOT / "benchmarks" / "pictures.py"))["drawn"]().items():
+        assert path.read_text(encoding="utf-8") == text, "run: python benchmarks/tables.py"
