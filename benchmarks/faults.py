@@ -35,28 +35,29 @@ Result = dict[str, Any]
 
 
 def result(what: str, value: float, unit: str, low: float = 0, high: float = 0) -> Result:
-    """One row of the record; without a range the value is its own."""
+    """One row of the record, printed; without a range the value is its own."""
+    print(f"{what:<55} {value:>12,.4g} {unit}", flush=True)
     spread = (low, high) if high else (value, value)
     return {"what": what, "value": value, "unit": unit, "low": spread[0], "high": spread[1]}
 
 
-def disturbed(asked: argparse.Namespace, folder: Path) -> list[Result]:
+def disturbed(asked: argparse.Namespace) -> list[Result]:
     """Runs that are killed, at random and at each point, run out of disk, and bits that flip."""
     rows = []
     for name, count, settings in (
         ("", asked.kills, []),
         ("compiled, ", asked.compiled, ["train.compile=true"]),
     ):
-        found = ask({"kills": count}, folder, *settings)["kills"]
+        found = trials.ask({"kills": count}, *settings)["kills"]
         rows += [
             result(f"{name}kill -9 at random times", found["killed"], "kills"),
             result(f"{name}checkpoints lost or torn", found["lost"], "of them"),
             result(f"{name}runs that ended otherwise", found["different"], f"of {found['runs']}"),
             result(f"{name}these kills took", found["trial_seconds"], "s"),
         ]
-    found = ask({"points": 1, "flips": asked.flips}, folder)
+    found = trials.ask({"points": 1, "flips": asked.flips})
     points, flips = found["points"], found["flips"]
-    disks = ask({"full_disks": 1}, folder, "model.d_model=96")["full_disks"]
+    disks = trials.ask({"full_disks": 1}, "model.d_model=64")["full_disks"]
     return [
         *rows,
         result("kill at every named point", len(points["points"]), "points"),
@@ -68,9 +69,9 @@ def disturbed(asked: argparse.Namespace, folder: Path) -> list[Result]:
     ]
 
 
-def stopped(asked: argparse.Namespace, folder: Path) -> list[Result]:
+def stopped(asked: argparse.Namespace) -> list[Result]:
     """From SIGTERM to the end of a process that has saved."""
-    found = ask({"stops": asked.stops}, folder, *STOPPED)["stops"]
+    found = trials.ask({"stops": asked.stops}, *STOPPED, on_disk=True)["stops"]
     shares = [a / b for a, b in zip(found["seconds"], found["step_and_save_seconds"], strict=True)]
     name = "SIGTERM to saved exit"
     return [
@@ -86,13 +87,6 @@ def spread(what: str, values: list[float], unit: str) -> Result:
     """The 99th percentile, the least and the most."""
     p99 = statistics.quantiles(values, n=100, method="inclusive")[98]
     return result(what, p99, unit, min(values), max(values))
-
-
-def ask(what: dict[str, int], folder: Path, *settings: str) -> dict[str, Any]:
-    """As `trials.ask`, in a folder of its own."""
-    print(f"trying {what}", file=sys.stderr)
-    place = Path(tempfile.mkdtemp(dir=folder))
-    return trials.ask(what, place, *settings)
 
 
 def saving(count: int, folder: Path) -> list[Result]:
@@ -165,12 +159,10 @@ def main() -> None:
     asked = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     started = time.monotonic()
+    found = disturbed(asked) + stopped(asked)
     with tempfile.TemporaryDirectory() as folder:
-        found = disturbed(asked, Path(folder)) + stopped(asked, Path(folder))
         found += saving(asked.saves, Path(folder))
     found.append(result("all of it took", round(time.monotonic() - started), "s"))
-    for row in found:
-        print(f"{row['what']:<55} {row['value']:>12,.4g} {row['unit']}")
     if asked.record:
         about = {"name": "faults", "machine": record.machine(), "command": record.command()}
         about["versions"] = record.versions("octavo", "torch", "numpy", "safetensors")

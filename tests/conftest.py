@@ -18,7 +18,13 @@ import pytest
 # them; a handler of one's own, unlike ignoring, is not inherited.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-hypothesis.settings.register_profile("octavo", derandomize=True, deadline=None, database=None)
+hypothesis.settings.register_profile(
+    "octavo",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    max_examples=100 * int(os.environ.get("OCTAVO_FAULTS", "1")),  # more of them by `make faults`
+)
 hypothesis.settings.load_profile("octavo")
 
 

@@ -346,6 +346,7 @@ def test_an_error_says_which_file(load):
 
 # Nothing else ever escapes.
 
+MANY = 3 * hypothesis_settings.default.max_examples
 NAMES = [f"{section}.{name}" for section, names in KNOWN.items() for name in names]
 SCALARS = (
     st.none()
@@ -386,14 +387,14 @@ def only_config_errors(path, overrides=()):
     assert "\n" not in complaint
 
 
-@hypothesis_settings(max_examples=300)
+@hypothesis_settings(max_examples=MANY)
 @given(document=DOCUMENTS)
 def test_any_document_loads_or_complains(scratch, document):
     scratch.write_text(yaml.safe_dump(document, allow_unicode=True), encoding="utf-8")
     only_config_errors(scratch)
 
 
-@hypothesis_settings(max_examples=200)
+@hypothesis_settings(max_examples=MANY)
 @given(data=st.binary(max_size=60) | st.text(max_size=60).map(str.encode))
 @example(data=b"a: &x [1]\nb: *x")
 @example(data=b"a: !!python/object:os.system {}")
@@ -412,7 +413,7 @@ def test_any_bytes_load_or_complain(scratch, data):
     only_config_errors(scratch)
 
 
-@hypothesis_settings(max_examples=300)
+@hypothesis_settings(max_examples=MANY)
 @given(
     st.lists(
         st.builds("{}={}".format, st.sampled_from(NAMES) | st.text(max_size=9), VALUES)

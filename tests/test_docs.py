@@ -17,7 +17,7 @@ SHORT = {
 
 @pytest.mark.long
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("page", ["finetune.md", "data.md"])
+@pytest.mark.parametrize("page", ["finetune.md", "data.md", "reliability.md"])
 def test_every_command_of_a_page_works(page, tmp_path):
     text = (DOCS / page).read_text(encoding="utf-8")
     (tmp_path / "voice.txt").write_text(text.encode("ascii", "ignore").decode() * 3)

@@ -12,7 +12,7 @@ import itertools
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
@@ -37,7 +37,7 @@ from octavo.manifest import (
     versions,
 )
 from octavo.settings import nearest
-from octavo.tensors import first_non_finite, read_tensors, write_tensors
+from octavo.tensors import first_non_finite, read_parts, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from octavo.text.tokenizer import Tokenizer
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+INDEX = "optimizer.index.json"  # instead of OPTIMIZER: where each process's part belongs
 NOT_SAVED = "not saved; the checkpoints before it are intact"
 SPARE_BYTES = 1 << 20  # headers, manifest and directory entries, generously
 
@@ -209,13 +210,15 @@ class Run:
         state: Mapping[str, Any],
         keep: int,
         facts: Mapping[str, Any] | None = None,
+        write_optimizer: Callable[[Path], None] | None = None,
     ) -> Path:
         """Save a checkpoint, delete all but the latest ``keep`` and the best, return its path.
 
         Saving again what was saved last changes nothing; another state at a step that exists (after
-        a rollback) becomes ``step-N-2``. ``state`` and ``facts`` are JSON. Raises `NonFiniteError`
-        for NaN or infinity and `ResourceError` when the disk refuses; both leave the older
-        checkpoints as they were. The caller holds the lock.
+        a rollback) becomes ``step-N-2``. ``state`` and ``facts`` are JSON; ``write_optimizer``, if
+        given, writes the optimizer's files. Raises `NonFiniteError` for NaN or infinity and
+        `ResourceError` when the disk refuses; both leave the older checkpoints as they were. The
+        caller holds the lock.
         """
         if spoilt := first_non_finite(model) or first_non_finite(optimizer):
             raise NonFiniteError(f"{spoilt} holds NaN or infinity", f"at step {step}", NOT_SAVED)
@@ -227,7 +230,7 @@ class Run:
             valid = valid_checkpoints(self.folder)
             last = valid[-1][1] if valid else None
             with disk.scratch(self.folder, name) as temp:
-                files = _write_parts(temp, model, optimizer, state)
+                files = _write_parts(temp, model, write_optimizer or optimizer, state)
                 if last and (last.step, last.files) == (step, files):
                     return valid[-1][0]
                 manifest = Manifest(
@@ -314,8 +317,14 @@ class Checkpoint:
         return self._read(MODEL, "pt", device)
 
     def optimizer_tensors(self, device: str = "cpu") -> "dict[str, Tensor]":
-        """The optimizer's tensors as `Run.save` was given them."""
-        return self._read(OPTIMIZER, "pt", device)
+        """The optimizer's tensors as `Run.save` was given them; in one piece where several
+        processes saved them in parts.
+        """
+        if INDEX not in self.manifest.files:
+            return self._read(OPTIMIZER, "pt", device)
+        with naming_a_way_out(self.path):
+            index = verified(self.path, self.manifest, INDEX)
+            return read_parts(index, lambda name: verified(self.path, self.manifest, name))
 
     def _read(self, name: str, framework: str, device: str) -> dict[str, Any]:
         with naming_a_way_out(self.path):
@@ -367,15 +376,21 @@ def _refuse_full_disk(folder: Path, tensors: Iterable[Any]) -> None:
 
 
 def _write_parts(
-    folder: Path, model: Mapping[str, Any], optimizer: Mapping[str, Any], state: Mapping[str, Any]
+    folder: Path,
+    model: Mapping[str, Any],
+    optimizer: Mapping[str, Any] | Callable[[Path], None],
+    state: Mapping[str, Any],
 ) -> dict[str, dict[str, Any]]:
     """Write and sync everything but the manifest; return the manifest's ``files``."""
     write_tensors(folder / MODEL, model)
     disk.sync(folder / MODEL)
-    write_tensors(folder / OPTIMIZER, optimizer)
-    disk.sync(folder / OPTIMIZER)
+    if callable(optimizer):
+        optimizer(folder)
+    else:
+        write_tensors(folder / OPTIMIZER, optimizer)
+        disk.sync(folder / OPTIMIZER)
     disk.write_synced(folder / STATE, to_json(state))
-    return {name: fingerprint(folder / name) for name in (MODEL, OPTIMIZER, STATE)}
+    return {path.name: fingerprint(path) for path in sorted(folder.iterdir())}
 
 
 def _unused(path: Path) -> Path:

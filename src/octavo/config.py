@@ -14,7 +14,7 @@ import yaml
 
 from octavo.errors import ConfigError
 from octavo.model_config import Count, Dropout, ModelConfig, Positive, Share, Whole
-from octavo.settings import Group, canonical, convert, merge, parse_override, read_yaml
+from octavo.settings import Group, canonical, convert, merge, parse_override, read_yaml, shown
 
 Beta = Annotated[float, (0, 0.999999)]
 
@@ -56,10 +56,15 @@ class DataConfig(Group, path="data"):
 class OptimConfig(Group, path="optim"):
     """The optimizer and its learning-rate schedule."""
 
-    name: Literal["adamw"] = "adamw"
-    """AdamW decays matrices and embeddings, never biases and norm weights."""
+    name: Literal["adamw", "muon"] = "adamw"
+    """AdamW decays matrices and embeddings, never biases and norm weights. muon: the matrices
+    inside the blocks by Muon, the rest by AdamW."""
     lr: Annotated[float, (0, 1e3)] = 1e-3
     """Peak learning rate."""
+    muon_lr: Annotated[float, (0, 1e3)] = 0.02
+    """Muon's peak learning rate, for the matrices; it follows the same schedule."""
+    muon_momentum: Beta = 0.95
+    """Muon's averaging constant."""
     weight_decay: Annotated[float, (0, 1e3)] = 0.1
     """Decoupled weight decay."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
@@ -96,6 +101,11 @@ class TrainConfig(Group, path="train"):
     """torch.compile; auto: when the run is long enough to pay for it, falling back in one line."""
     device: str = "auto"
     """cuda, mps, cpu or auto."""
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
+    """Under torchrun, all of the model on each process (ddp) or a part (fsdp); auto: fsdp where
+    weights, gradients and optimizer fill more than 60 % of one device."""
+    deterministic: Literal["canonical"] | None = None
+    """canonical: the same weights, bit for bit, on 1, 2 and 4 processes; slow, for debugging."""
     grad_checkpoint: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     loss_chunk: Whole = 0
@@ -106,6 +116,13 @@ class TrainConfig(Group, path="train"):
     """Stop after so many validations without a better one; 0: never."""
     max_bad_steps: Count = 10
     """Stop after so many non-finite steps in a row, each skipped and counted."""
+    spike_window: Whole = 64
+    """The last steps kept in the black box, which a spike is told by and reported with; 0: none."""
+    spike_sigmas: Positive = 6.0
+    """A spike: loss or gradient norm so many robust deviations above the window's median."""
+    on_spike: Literal["log", "rewind"] = "log"
+    """log: write down what was in it; rewind: and go back to the last checkpoint, then on with the
+    rows after it."""
     quantize: Literal["int8", "int4"] | None = None
     """Pack the finished model's weights for fast writing, as `octavo quantize` does."""
     draft: bool = False
@@ -159,6 +176,8 @@ class LogConfig(Group, path="log"):
     """Length of a sample."""
     layers: bool = False
     """Also log each layer's gradient norm and update/weight ratio."""
+    attention: bool = False
+    """Also save what each head looked at in the samples, as attention/step-N.npz in the run."""
     to: list[Literal["tensorboard", "wandb"]] = field(default_factory=list)
     """Other places that get the same numbers."""
     project: str = "octavo"
@@ -210,6 +229,19 @@ class Config(Group):
     log: LogConfig = field(default_factory=LogConfig)
 
 
+RECIPES: dict[str, dict[str, Any]] = {
+    "modern": {
+        "model": {"qk_norm": True, "tie_embeddings": False, "zero_head": True},
+        "optim": {
+            "name": "muon",
+            "schedule": "trapezoid",
+            "cooldown": 0.5,
+            "min_lr_ratio": 0.0,
+            "warmup": 0,
+        },
+    },
+}
+"""Defaults that belong together, by the name that ``recipe: NAME`` has at the top of a file."""
 SECTIONS: dict[str, Any] = {section.name: section.type for section in dataclasses.fields(Config)}
 KNOWN = {name: [f.name for f in dataclasses.fields(cls)] for name, cls in SECTIONS.items()}
 
@@ -220,11 +252,26 @@ def load_config(path: Path | str | None = None, overrides: Iterable[str] = ()) -
     Raises `ConfigError` (exit code 2) for anything unreadable, unknown, mistyped or inconsistent.
     """
     where = f"in {path}" if path is not None else ""
-    settings = canonical(read_yaml(path), KNOWN, where) if path is not None else {}
+    given = read_yaml(path) if path is not None else {}
+    recipe = given.pop("recipe", None)
+    settings = canonical(given, KNOWN, where)
     for word in overrides:
-        settings = merge(settings, canonical(parse_override(word), KNOWN))
+        over = parse_override(word)
+        recipe = over.pop("recipe", recipe)
+        settings = merge(settings, canonical(over, KNOWN))
         where = where and f"in {path} and the words after it"
-    return build_config(settings, where)
+    return build_config(merge(_recipe(recipe, where), settings), where)
+
+
+def _recipe(name: Any, where: str) -> Mapping[str, Any]:
+    """The defaults that a top-level ``recipe: NAME`` sets; null: none."""
+    if name is None:
+        return {}
+    if str(name) not in RECIPES:
+        raise ConfigError(
+            f"there is no recipe {shown(name)}", where, f"choose {' or '.join(RECIPES)}"
+        )
+    return RECIPES[str(name)]
 
 
 def build_config(settings: Mapping[str, Mapping[str, Any]], where: str = "") -> Config:

@@ -8,6 +8,7 @@ import errno
 import os
 import secrets
 import shutil
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +21,19 @@ IMPOSSIBLE_PATH = (errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR)
 
 
 def failpoint(name: str) -> None:
-    """End the process here, as kill -9 would, if OCTAVO_FAILPOINT says ``name``: for tests."""
-    if os.environ.get("OCTAVO_FAILPOINT") == name:
+    """What OCTAVO_FAILPOINT wants to happen here befalls the process: for tests.
+
+    ``name`` ends it as kill -9 would, ``name:full`` is a disk without space, ``name:term`` is
+    SIGTERM.
+    """
+    wanted, _, what = os.environ.get("OCTAVO_FAILPOINT", "").partition(":")
+    if wanted != name:
+        return
+    if what == "term":
+        signal.raise_signal(signal.SIGTERM)
+    elif what == "full":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    else:
         os._exit(137)
 
 

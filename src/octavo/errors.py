@@ -5,6 +5,8 @@ tokenizer, 4 checkpoint, 5 non-finite numbers, 6 resources or network, 7 distrib
 quality gate refused, 75 preempted and saved.
 """
 
+from typing import Any
+
 
 class OctavoError(Exception):
     """A failure the user can act on; prints as ``error: what; where; fix``."""
@@ -14,6 +16,16 @@ class OctavoError(Exception):
     def __init__(self, what: str, where: str = "", fix: str = "") -> None:
         super().__init__("; ".join(part for part in (what, where, fix) if part))
         self.what, self.where, self.fix = what, where, fix
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _again, (type(self), self.what, self.where, self.fix)
+
+
+def _again(kind: type[OctavoError], what: str, where: str, fix: str) -> OctavoError:
+    """An error that another process raised; subclasses may ask for other arguments."""
+    error = kind.__new__(kind)
+    OctavoError.__init__(error, what, where, fix)
+    return error
 
 
 class ConfigError(OctavoError, ValueError):

@@ -115,6 +115,10 @@ class ModelConfig(Group, path="model"):
     """The output head shares the token embedding's matrix."""
     dropout: Dropout = 0.0
     """On the embedding, the attention weights, each sublayer's output; cf. train.dropout_final."""
+    embed_std: Positive = 0.02
+    """Standard deviation of a new model's token embedding."""
+    zero_head: bool = False
+    """A new model's head is zero, so that it begins by calling every token equally likely."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -139,6 +143,11 @@ class ModelConfig(Group, path="model"):
                 f"RoPE rotates pairs, but head_dim is {self.head_dim}, an odd number",
                 f"d_model={self.d_model}, n_head={self.n_head}",
                 "choose an even d_model / n_head, or position=learned",
+            )
+        if self.zero_head and self.tie_embeddings:
+            raise ConfigError(
+                "model.zero_head would make the token embedding zero too",
+                fix="choose tie_embeddings=false with it",
             )
         if self.rope_scaling and not self.uses_rope:
             raise ConfigError(

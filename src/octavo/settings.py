@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import inspect
 import itertools
+import re
 import textwrap
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -58,6 +59,7 @@ ALIASES: dict[str, dict[str, str]] = {
         "lora_alpha": "lora.alpha",
         "quantize": "train.quantize",
         "speculative_sampling": "train.draft",
+        "log_attention": "log.attention",
     },
 }
 VALUE_ALIASES = {"mlp": {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}}
@@ -85,6 +87,15 @@ def canonical(
                 raise ConfigError(f"{target} is given twice", where, f"remove {section}.{name}")
             result[home][key] = _canonical_value(key, value)
     return result
+
+
+def no_data_parallel(where: str = "") -> ConfigError:
+    """The error for who wants `torch.nn.DataParallel`: one process, and slower than it looks."""
+    return ConfigError(
+        "several GPUs are trained on by several processes, not by DataParallel",
+        where,
+        "torchrun --nproc-per-node GPUS -m octavo train ...",
+    )
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -230,6 +241,8 @@ def unknown_key(
 ) -> ConfigError:
     """The error for a key nobody knows: it names the nearest one, or where that name lives."""
     name = key if isinstance(key, str) and key.isprintable() else shown(key)
+    if re.sub(r"[^a-z]|use", "", name.lower()) in ("dataparallel", "multigpu"):
+        return no_data_parallel(where)
     prefix = f"{section}." if section else ""
     own = {known: prefix + known for known in names.get(section, names)}
     places = dict(own)

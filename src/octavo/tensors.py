@@ -5,7 +5,9 @@ is imported only where PyTorch's tensors are written or asked for.
 """
 
 import json
-from collections.abc import Mapping
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,3 +92,36 @@ def _widened(path: Path) -> dict[str, np.ndarray]:
             wide = np.frombuffer(raw["data"], "<u2").astype("<u4") << 16
             tensors[name] = wide.view("<f4").reshape(raw["shape"])
     return tensors
+
+
+def read_parts(index: Path, find: Callable[[str], Path]) -> dict[str, Any]:
+    """Put PyTorch tensors together that several files hold in parts.
+
+    ``index`` is JSON: ``shapes``, of each whole tensor, and ``files``, by name what is in them and
+    the indices at which each part begins. ``find`` gives a file by its name. Raises
+    `CheckpointError` where the parts do not make up the wholes.
+    """
+    import torch
+
+    whole: dict[str, Any] = {}
+    filled: Counter[str] = Counter()
+    try:
+        content = json.loads(index.read_bytes())
+        numbers = {name: math.prod(shape) for name, shape in content["shapes"].items()}
+        for file, places in content["files"].items():
+            parts = read_tensors(find(file), "pt")
+            for name, place in places.items():
+                part = parts[name]
+                if name not in whole:
+                    whole[name] = torch.zeros(content["shapes"][name], dtype=part.dtype)
+                region = [slice(i, i + n) for i, n in zip(place, part.shape, strict=True)]
+                whole[name][tuple(region)] = part
+                filled[name] += part.numel()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"cannot read {index.name}: {reason}", f"in {index.parent}") from None
+    for name, wanted in numbers.items():
+        if filled[name] != wanted:
+            what = f"{name} has {filled[name]:,} numbers in all parts, not {wanted:,}"
+            raise CheckpointError(what, f"in {index.parent}")
+    return whole

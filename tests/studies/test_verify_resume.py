@@ -4,10 +4,11 @@ import json
 
 import pytest
 
+from octavo.cli import main
 from octavo.config import load_config
 from octavo.errors import ConfigError, DataError, OctavoError
 from octavo.studies import verify_resume as module
-from octavo.studies.verify_resume import RESULT, shorten, verify_resume
+from octavo.studies.verify_resume import RESULT, Verdict, shorten, verify_resume
 
 TINY = [
     "model.n_layer=1", "model.n_head=2", "model.d_model=16", "model.block_size=16",
@@ -74,3 +75,16 @@ def test_what_cannot_be_killed_is_refused(config, tmp_path):
     piped = load_config(None, ['data.source="-"'])
     with pytest.raises(ConfigError, match="standard input is read only once"):
         verify_resume(piped, tmp_path / "out", steps=5)
+
+
+@pytest.mark.parametrize(("first", "code"), [(None, 0), (7, 8)])
+def test_the_verdict_is_the_exit_code(config, tmp_path, monkeypatch, capsys, first, code):
+    hashes = {"model.safetensors": "5b6ba8028a2e2dea"}
+    verdict = Verdict(first is None, 9, 6, 24, first, hashes, hashes, 1.5)
+    monkeypatch.setattr(module, "verify_resume", lambda *_: verdict)
+    with pytest.raises(SystemExit) as ended:
+        main(["verify-resume", str(config.data.source), "--out", str(tmp_path / "out"), "--json"])
+    assert (ended.value.code or 0) == code
+    out, err = capsys.readouterr()
+    assert json.loads(out)["undisturbed"] == hashes
+    assert ("resumed from 6, the run is another from step 7 on" in err) == (code == 8)

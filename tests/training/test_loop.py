@@ -241,8 +241,8 @@ def test_too_many_bad_steps_end_the_run_with_the_last_good_state(text, tmp_path,
 def poison_gradients(monkeypatch, at):
     plain = learner_module.build_learner
 
-    def build(task, device, display):
-        learner = plain(task, device, display)
+    def build(*args):
+        learner = plain(*args)
         loss = learner.loss
 
         def poisoned(*args):

@@ -80,7 +80,8 @@ def test_one_step_is_adamw_by_hand():
     assert model.weight.item() == pytest.approx(2.0 * (1 - 0.1 * 0.5) - 0.1, rel=1e-6)
 
 
-def test_optimizer_state_survives_the_round_trip():
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_optimizer_state_survives_the_round_trip(name):
     def trained(steps, optimizer, model):
         for step in range(steps):
             torch.manual_seed(step)
@@ -91,11 +92,11 @@ def test_optimizer_state_survives_the_round_trip():
 
     torch.manual_seed(0)
     first = GPT(ModelConfig(**TINY))
-    optimizer = build_optimizer(first, OptimConfig())
+    optimizer = build_optimizer(first, OptimConfig(name=name))
     trained(3, optimizer, first)
     second = GPT(ModelConfig(**TINY))
     second.load_state_dict(first.state_dict())
-    other = build_optimizer(second, OptimConfig())
+    other = build_optimizer(second, OptimConfig(name=name))
     load_optimizer_tensors(other, second, optimizer_tensors(optimizer, first))
     for mine, theirs in zip(trained(2, optimizer, first), trained(2, other, second), strict=True):
         assert torch.equal(mine, theirs)

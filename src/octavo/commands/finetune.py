@@ -3,7 +3,7 @@
 import shlex
 from argparse import Namespace
 
-from octavo.commands.shared import Option
+from octavo.commands.shared import Option, is_quiet, said_once
 
 WORDS = "RUN TEXT..."
 TAKES_SETTINGS = True
@@ -35,11 +35,13 @@ def add_options(option: Option) -> None:
 
 def run(args: Namespace, settings: list[str]) -> None:
     """Do it."""
+    args.quiet = is_quiet(args)
     from octavo.training.loop import train
     from octavo.training.request import finetune_request
 
-    request = finetune_request(args.words, settings, args.all, args.head, args.labels)
-    out = request.directory(args.out, args.resume)
+    with said_once():
+        request = finetune_request(args.words, settings, args.all, args.head, args.labels)
+        out = request.directory(args.out, args.resume)
     result = train(request.config, out, resume=args.resume, quiet=args.quiet)
     if not args.quiet:
         run = shlex.quote(str(result.run))

@@ -1,15 +1,45 @@
 """What the commands share: how options are declared, which run is meant, how figures are shown."""
 
 import json
+import os
 import sys
-from argparse import Action
-from collections.abc import Callable
+from argparse import Action, Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from octavo.errors import ConfigError
+from octavo.errors import ConfigError, OctavoError
 
 Option = Callable[..., Action]
 """`ArgumentParser.add_argument`."""
+
+
+def is_quiet(args: Namespace) -> bool:
+    """Whether to print nothing: asked for, or the business of the first of several processes."""
+    return args.quiet or os.environ.get("RANK", "0") != "0"
+
+
+@contextmanager
+def said_once() -> Iterator[None]:
+    """What is wrong with the words that several processes were given, one on each machine says."""
+    try:
+        yield
+    except OctavoError as error:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            raise SystemExit(error.exit_code) from error
+        raise
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar with the time left, on a terminal: call what it gives with (done, of)."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what)
+        yield lambda done, of: bar.update(task, completed=done, total=of)
 
 
 def one_run(words: list[str]) -> str:

@@ -2,9 +2,10 @@
 
 import dataclasses
 import shlex
-from argparse import Namespace
+from argparse import SUPPRESS, Namespace
 
-from octavo.commands.shared import Option
+from octavo.commands.shared import Option, is_quiet, said_once
+from octavo.settings import no_data_parallel
 
 WORDS = "CONFIG.yaml | TEXT... | RUN"
 TAKES_SETTINGS = True
@@ -19,6 +20,7 @@ Learn from a text, or go on with a run.
   octavo train quickstart.yaml train.max_steps=500 --out runs/short
   octavo train runs/my --resume                   go on where it was stopped
   octavo train my.txt --draft                     and a tiny model that makes it write faster
+  torchrun --nproc-per-node 4 -m octavo train my.txt      on four GPUs: docs/distributed.md
 
 A configuration names only what differs from the defaults below; a text named here wins over the
 configuration's. Ctrl-C saves and exits with code 75. The run directory holds report.html. A draft
@@ -34,10 +36,12 @@ def add_options(option: Option) -> None:
     option("--wandb-project", metavar="P", help="log to W&B: log.to=[wandb] log.project=P")
     option("--wandb-run-name", metavar="R", help="log.run_name=R")
     option("--quiet", action="store_true", help="print nothing but errors")
+    option("--data-parallel", action="store_true", help=SUPPRESS)
 
 
 def run(args: Namespace, settings: list[str]) -> None:
     """Do it."""
+    args.quiet = is_quiet(args)
     if args.wandb_project:
         settings += ["log.to=[wandb]", f"log.project={args.wandb_project}"]
     if args.wandb_run_name:
@@ -46,8 +50,11 @@ def run(args: Namespace, settings: list[str]) -> None:
     from octavo.training.loop import train
     from octavo.training.request import read_request
 
-    request = read_request([*args.words, *([args.config] if args.config else [])], settings)
-    out = request.directory(args.out, args.resume)
+    with said_once():
+        if args.data_parallel:
+            raise no_data_parallel()
+        request = read_request([*args.words, *([args.config] if args.config else [])], settings)
+        out = request.directory(args.out, args.resume)
     resume = args.resume or request.run is not None
     config = request.config
     if args.draft and request.run is None:

@@ -90,7 +90,7 @@ class GPT(nn.Module):
         """GPT-2's weights: N(0, 0.02) and zero biases (Radford et al. 2019).
 
         What writes to the residual stream is scaled by 1/sqrt(2 n_layer), so that the stream's
-        variance does not grow with depth.
+        variance does not grow with depth. The embedding and the head may be asked for otherwise.
         """
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -100,6 +100,10 @@ class GPT(nn.Module):
                     nn.init.normal_(module.weight, std=std)
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     nn.init.zeros_(module.bias)
+        if self.config.embed_std != 0.02:
+            nn.init.normal_(self.tok_emb.weight, std=self.config.embed_std)
+        if self.config.zero_head:
+            nn.init.zeros_(self.lm_head.weight)
 
     def forward(
         self,

@@ -49,6 +49,18 @@ class KVCache:
         """Forget a slot's tokens from position ``length`` on; 0 empties it."""
         self.lengths[slot] = min(self.lengths[slot], length)
 
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Let one slot hold the first ``length`` tokens that another holds; it may be itself."""
+        for buffer in (self.keys, self.values):
+            buffer[:, target, :, :length] = buffer[:, source, :, :length]
+        self.lengths[target] = length
+
+    def erase(self, slot: int) -> None:
+        """Empty a slot and put zeros where its numbers were."""
+        self.keys[:, slot] = 0
+        self.values[:, slot] = 0
+        self.lengths[slot] = 0
+
 
 class CacheView:
     """A batch of slots during one forward pass.

@@ -1,7 +1,8 @@
 """Proof, with the user's own settings, that a run killed at a random step ends as if it never was.
 
 Two processes train the same configuration; one of them is killed with SIGKILL once and goes on.
-Every loss, the last weights and the optimizer's state must then be the same bit for bit.
+Every loss, every validation, the last weights and the optimizer's state must then be the same bit
+for bit.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ from octavo.manifest import read_json, to_json
 from octavo.reporting.report import read_metrics
 
 RESULT = "verify-resume.json"
+COMPARED = {"train": ("loss", "grad_norm", "lr"), "eval": ("val_loss",)}
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Verdict:
     resumed_from: int
     steps: int
     first_difference: int | None
-    """The first step whose loss or gradient norm differs; None where none does."""
+    """The first step whose loss, gradient norm or validation differs; None where none does."""
     undisturbed: dict[str, str]
     """SHA-256 of the last checkpoint's tensors, by file."""
     resumed: dict[str, str]
@@ -143,7 +145,7 @@ def _failure(errors: str, code: int) -> OctavoError:
 
 def _compare(out: Path, killed_at: int, steps: int, seconds: float) -> Verdict:
     undisturbed, resumed = _losses(out / "undisturbed"), _losses(out / "resumed")
-    differing = [step for step in undisturbed if resumed.get(step) != undisturbed[step]]
+    differing = [at[0] for at in undisturbed if resumed.get(at) != undisturbed[at]]
     hashes = [_hashes(Run.open(out / name)) for name in ("undisturbed", "resumed")]
     starts = [event for event in read_metrics(out / "resumed") if event["event"] == "start"]
     return Verdict(
@@ -158,13 +160,13 @@ def _compare(out: Path, killed_at: int, steps: int, seconds: float) -> Verdict:
     )
 
 
-def _losses(run: Path) -> dict[int, tuple[Any, ...]]:
-    """Loss, gradient norm and validation by step: what was logged last, for a step done twice."""
-    found: dict[int, tuple[Any, ...]] = {}
-    for event in read_metrics(run):
-        if event["event"] == "train":
-            found[event["step"]] = (event["loss"], event["grad_norm"], event["lr"])
-    return found
+def _losses(run: Path) -> dict[tuple[int, str], tuple[Any, ...]]:
+    """What is compared of each step and kind of event; of a step done twice, the last."""
+    return {
+        (event["step"], kind): tuple(event[name] for name in COMPARED[kind])
+        for event in read_metrics(run)
+        if (kind := event["event"]) in COMPARED
+    }
 
 
 def _hashes(run: Run) -> dict[str, str]:

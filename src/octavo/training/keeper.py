@@ -3,28 +3,38 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from octavo.adapting.classify import Classifier, evaluate_labels
+from octavo import disk
+from octavo.adapting.classify import Classifier, Report, evaluate_labels
 from octavo.adapting.lora import trainable_parameters
 from octavo.checkpoint import Run
-from octavo.errors import MissingExtraError, NonFiniteError, OctavoError, ResourceError
-from octavo.evaluating.hellaswag import HellaSwag
+from octavo.errors import DataError, MissingExtraError, NonFiniteError, OctavoError, ResourceError
+from octavo.evaluating.hellaswag import HellaSwag, HellaSwagScore
 from octavo.evaluating.perplexity import Score, score_windows
 from octavo.generating.engine import TorchEngine
+from octavo.generating.recording import WatchedEngine
 from octavo.generating.sampling import PRESETS
 from octavo.generating.writing import complete
 from octavo.language_model import load, start_ids
 from octavo.model.counts import count_parameters
 from octavo.reporting.confusion import draw_confusion
+from octavo.reporting.report import draw_run, write_report
 from octavo.training.display import Display
+from octavo.training.hardware import flops_a_token, peak_flops, peak_memory
 from octavo.training.judge import judge, was_judged
-from octavo.training.learner import Learner, Step
+from octavo.training.learner import Learner, Step, choose_precision
 from octavo.training.metrics import MetricsLog, environment
 from octavo.training.packing import pack_run, weights_of
+from octavo.training.rewind import FOLDER, rewind, write_spike
+from octavo.training.sharded import by_first, save
+from octavo.training.spike import Spike
 
 MAX_FAILED_SAVES = 3
+SPIKE_TEXT = 300  # characters of the worst row in the log; the report has all of it
+LOGGED = ("loss", "grad_norm", "lr", "layers", "updates")  # of a step
+REFRESH = 20.0  # seconds between drawings of the report, and a hundred times what the last one took
 
 
 class Keeper:
@@ -40,12 +50,22 @@ class Keeper:
     ) -> None:
         self.learner, self.run, self.log, self.display = learner, run, log, display
         self.hellaswag, step = hellaswag, learner.progress.step
-        self._judged_step = step if hellaswag and was_judged(run.path, step) else -1
+        self._leads = learner.ranks.leads  # what is written is written once
+        was = hellaswag and learner.ranks.first(lambda: was_judged(run.path, step))
+        self._judged_step = step if was else -1
         self._saved_step = learner.progress.step or -1
         self._failed_saves = 0
+        self._refused: set[str] = set()
         self._started = time.monotonic() - learner.progress.seconds
         self._busy_seconds, self._busy_tokens = 0.0, 0
         self._counted_tokens = learner.progress.tokens
+        self._draw_at = 0.0
+        config, device = learner.task.config, learner.device
+        self._peak = peak_flops(device, choose_precision(config.train.precision, device))
+        cost = flops_a_token(learner.model, config, learner.task.batches.block_size)
+        self._best_speed = None  # at an MFU of 1
+        if self._peak and cost:
+            self._best_speed = learner.ranks.size * self._peak / cost
 
     def announce(self) -> None:
         """Say what is about to happen."""
@@ -70,7 +90,8 @@ class Keeper:
         self._write(
             "start",
             settings=dataclasses.asdict(config),
-            environment=environment(self.learner.device),
+            environment=environment(self.learner.device)
+            | ({"peak": f"{self._peak / 1e12:.3g} TFLOP/s"} if self._peak else {}),
             parameters=count.total,
             data=task.data,
             **resumed,
@@ -89,48 +110,63 @@ class Keeper:
         elif due(progress.step, config.log.every) or progress.step == config.train.max_steps:
             speed = self._busy_tokens / self._busy_seconds
             self._busy_seconds, self._busy_tokens = 0.0, 0
-            values = {
-                name: value for name, value in vars(step).items() if name != "taken" and value != {}
-            }
-            self._write("train", **values, tokens_per_s=round(speed, 1))
-            self.display.advance(progress.step, config.train.max_steps, step.loss, speed)
+            values = {name: vars(step)[name] for name in LOGGED if vars(step)[name] != {}}
+            values |= {"tokens_per_s": round(speed, 1)}
+            values |= {"mfu": round(speed / self._best_speed, 4)} if self._best_speed else {}
+            values |= {"memory_bytes": peak_memory(self.learner.device)}
+            self._write("train", **values)
+            self.display.advance(progress.step, config.train.max_steps, values)
+            self._refresh()
 
-    def save(self) -> None:
-        """Write a checkpoint of this step once; a full disk is survived twice in a row."""
+    def went_back(self, step: Step) -> bool:
+        """Write a spike down; whether the run went back to a checkpoint before it."""
+        if step.spike is None:
+            return False
+        self._note_spike(step.spike)
+        spiked_at = self.learner.progress.step
+        if not step.spike.rewinds:
+            return False
+        if not rewind(self.learner, self.run, self.display, step.spike):
+            return False
+        progress = self.learner.progress
+        self._saved_step, self._judged_step = progress.step, -1
+        self._counted_tokens = progress.tokens
+        self._write("rewind", spiked_at=spiked_at, skipped_rows=progress.skipped_rows)
+        return True
+
+    def save(self, at_last: bool = False) -> bool:
+        """Write a checkpoint of this step once; says whether there is one now.
+
+        A full disk is survived twice in a row, but not ``at_last``: what ends must be saved.
+        """
         progress, started = self.learner.progress, time.monotonic()
         if self._saved_step == progress.step:
-            return
-        model, optimizer = self.learner.tensors()
-        keep = self.learner.task.config.checkpoint.keep
-        try:
-            path = self.run.save(progress.step, model, optimizer, self.learner.state(), keep=keep)
-        except ResourceError as error:
-            self._failed_saves += 1
-            if self._failed_saves >= MAX_FAILED_SAVES:
-                raise
-            self.display.say(f"warning: not saved: {error}; training goes on")
-            return
-        self._saved_step, self._failed_saves = progress.step, 0
-        took = round(time.monotonic() - started, 3)
-        self._write("save", checkpoint=path.name, save_seconds=took)
+            return True
+        with self._surviving(at_last):
+            path = save(self.learner, self.run)
+            self._saved_step, self._failed_saves = progress.step, 0
+            took = round(time.monotonic() - started, 3)
+            self._write("save", checkpoint=path.name, save_seconds=took)
+        return self._saved_step == progress.step
 
     def validate(self) -> None:
         """Score the fixed validation windows; the best step so far is saved and named."""
         learner, progress = self.learner, self.learner.progress
         if learner.task.val is None or progress.evaluated_step == progress.step:
             return
-        score = validate(learner)
+        disk.failpoint("validating")
+        score = by_first(learner, validate)
         best = progress.best_val_loss is None or score.loss < progress.best_val_loss
         progress.evaluated_step = progress.step
         progress.evals_since_best = 0 if best else progress.evals_since_best + 1
-        if best:
-            progress.best_step, progress.best_val_loss = progress.step, score.loss
         figures = {"val_loss": score.loss, "val_ppl": score.perplexity}
         if isinstance(learner.model, Classifier):
-            report = evaluate_labels(learner.model, *learner.task.val)
+            report = by_first(learner, judge_labels)
             figures |= {"val_accuracy": report.accuracy, "val_macro_f1": report.macro_f1}
-            with contextlib.suppress(MissingExtraError):  # a picture more, where matplotlib is
-                draw_confusion(report, self.run.path / "confusion.png")
+            # A picture more, where matplotlib is.
+            with contextlib.suppress(MissingExtraError), self._if_the_disk_allows("confusion.png"):
+                if self._leads:
+                    draw_confusion(report, self.run.path / "confusion.png")
             self.display.say(
                 f"step {progress.step:,}: {report.accuracy:.1%} right, "
                 f"macro-F1 {report.macro_f1:.3f}"
@@ -140,9 +176,18 @@ class Keeper:
         self._write("eval", **figures)
         self.display.validated(progress.step, score, best)
         if best:
-            self.save()
-            if self._saved_step == progress.step:
-                self.run.mark_best(progress.step, score.loss)
+            self._keep_best(score.loss)
+
+    def _keep_best(self, loss: float) -> None:
+        """Save this step and name it the best; where the disk refuses, the best stays as it was."""
+        progress = self.learner.progress
+        before = progress.best_step, progress.best_val_loss
+        progress.best_step, progress.best_val_loss = progress.step, loss
+        if self.save():
+            with self._surviving():
+                self.learner.ranks.first(lambda: self.run.mark_best(progress.step, loss))
+                return
+        progress.best_step, progress.best_val_loss = before
 
     def judge(self, stopped: Callable[[], bool]) -> bool:
         """Put HellaSwag's items to the model, once a step; False where ``stopped`` cut it short.
@@ -152,14 +197,20 @@ class Keeper:
         learner, step = self.learner, self.learner.progress.step
         if self.hellaswag is None or self._judged_step == step:
             return True
-        try:
-            score = judge(self.hellaswag, learner, stopped)
-        except (MemoryError, RuntimeError) as error:  # the latter is what torch raises
-            reason = (str(error).splitlines() or ["out of memory"])[0]
-            self.display.say(f"warning: not judged: {reason}; training goes on")
-            return True
+        hellaswag = self.hellaswag
+
+        def ask(whole: Learner) -> HellaSwagScore | str | None:
+            try:
+                return judge(hellaswag, whole, stopped)
+            except (MemoryError, RuntimeError) as error:  # the latter is what torch raises
+                return (str(error).splitlines() or ["out of memory"])[0]
+
+        score = by_first(learner, ask)
         if score is None:
             return False
+        if isinstance(score, str):
+            self.display.say(f"warning: not judged: {score}; training goes on")
+            return True
         self._judged_step = step
         self._write(
             "judge",
@@ -176,10 +227,20 @@ class Keeper:
         """Let the model write a little, into samples.txt and the log, if it writes texts."""
         if isinstance(self.learner.model, Classifier) or self.learner.task.tokenizer is None:
             return
-        prompt, text = self.learner.task.config.log.sample_prompt, sample(self.learner)
+        prompt = self.learner.task.config.log.sample_prompt
+        text = by_first(self.learner, lambda learner: sample(learner, self._keep_attention))
         self._write("sample", prompt=prompt, text=text)
-        with (self.run.path / "samples.txt").open("a", encoding="utf-8") as file:
-            file.write(f"--- step {self.learner.progress.step} ---\n{prompt}{text}\n\n")
+        if not self._leads:
+            return
+        path, head = self.run.path / "samples.txt", f"--- step {self.learner.progress.step} ---"
+        allowed = self._if_the_disk_allows(path.name)
+        with allowed, disk.errors(f"write {path}"), path.open("a", encoding="utf-8") as file:
+            file.write(f"{head}\n{prompt}{text}\n\n")
+
+    def _keep_attention(self, watched: WatchedEngine) -> None:
+        path = self.run.path / "attention" / f"step-{self.learner.progress.step:08d}.npz"
+        with self._if_the_disk_allows("attention"):
+            watched.save(path, self.learner.task.tokenizer)
 
     def end(self, reason: str) -> None:
         """Write the last line."""
@@ -192,10 +253,17 @@ class Keeper:
             skipped=progress.skipped,
         )
 
+    def draw(self) -> None:
+        """Draw the report of what was logged so far."""
+        if not self._leads:
+            return
+        with self._if_the_disk_allows("report.html"):
+            draw_run(self.run.path)
+
     def pack(self) -> None:
         """Pack the best weights to `train.quantize`; a failure is said and does no harm."""
         precision = self.learner.task.config.train.quantize
-        if precision is None:
+        if precision is None or not self._leads:
             return
         try:
             lm = load(self.run.path, device="cpu", speculate="off")
@@ -209,9 +277,53 @@ class Keeper:
             f"{facts['fp32_bytes'] / facts['packed_bytes']:.1f} times smaller"
         )
 
+    def _refresh(self) -> None:
+        """Draw the page of a run that goes on, seldom enough not to be noticed."""
+        started = time.monotonic()
+        if self._leads and started >= self._draw_at:
+            with self._if_the_disk_allows("report.html"):
+                write_report(self.run.path, alive=True)
+            now = time.monotonic()
+            self._draw_at = now + max(REFRESH, 100 * (now - started))
+
+    def _note_spike(self, spike: Spike) -> None:
+        worst = next(iter(spike.report.get("worst", [])), {})
+        facts: dict[str, Any] = {"reason": spike.what, "began": spike.began}
+        facts |= {"row": worst.get("row"), "where": worst.get("where")}
+        facts |= {"text": worst.get("text", "")[:SPIKE_TEXT]}
+        with self._if_the_disk_allows(FOLDER):
+            if self._leads:
+                facts["report"] = write_spike(self.run.path, spike)
+        self._write("spike", **facts)
+        layer = f"; began in {spike.began.partition(':')[0]}" if spike.began else ""
+        see = f"; see {self.run.path / facts['report']}" if "report" in facts else ""
+        self.display.say(f"spike at step {spike.step:,}: {spike.what}{layer}{see}")
+
     def _write(self, event: str, **values: Any) -> None:
         progress = self.learner.progress
-        self.log.write(event, progress.step, progress.tokens, progress.seconds, **values)
+        with self._if_the_disk_allows(self.log.path.name):
+            self.log.write(event, progress.step, progress.tokens, progress.seconds, **values)
+
+    @contextlib.contextmanager
+    def _surviving(self, at_last: bool = False) -> Iterator[None]:
+        """A save that the disk refuses is told of; fatal ``at_last`` or the third time in a row."""
+        try:
+            yield
+        except ResourceError as error:
+            self._failed_saves += 1
+            if at_last or self._failed_saves >= MAX_FAILED_SAVES:
+                raise
+            self.display.say(f"warning: not saved: {error}; training goes on")
+
+    @contextlib.contextmanager
+    def _if_the_disk_allows(self, what: str) -> Iterator[None]:
+        """A run does without ``what`` where the disk refuses it, and says so once."""
+        try:
+            yield
+        except (ResourceError, DataError) as error:  # the latter: a log that cannot be read back
+            if what not in self._refused:
+                self.display.say(f"warning: {error}; training goes on")
+            self._refused.add(what)
 
     def _note_bad(self, step: Step) -> None:
         progress, limit = self.learner.progress, self.learner.task.config.train.max_bad_steps
@@ -239,15 +351,30 @@ def validate(learner: Learner) -> Score:
         return score_windows(learner.model, *task.val, task.byte_lengths, eot_id=task.mask_id)
 
 
-def sample(learner: Learner) -> str:
-    """What the model writes now, by the nucleus preset and the run's seed."""
+def judge_labels(learner: Learner) -> Report:
+    """How well a classifier sorts the task's validation texts."""
+    assert isinstance(learner.model, Classifier)
+    assert learner.task.val is not None
+    return evaluate_labels(learner.model, *learner.task.val)
+
+
+def sample(learner: Learner, keep: Callable[[WatchedEngine], None] | None = None) -> str:
+    """What the model writes now, by the nucleus preset and the run's seed.
+
+    With log.attention ``keep`` is given the engine, which knows what the heads looked at.
+    """
     config, tokenizer, model = learner.task.config, learner.task.tokenizer, learner.body
     assert tokenizer is not None
     settings = dataclasses.replace(PRESETS["nucleus"], seed=config.train.seed)
     prompt = start_ids(tokenizer, config.log.sample_prompt or None)
     engine = TorchEngine(model, slots=1, vocab=tokenizer.vocab_size)
+    watched = WatchedEngine(engine) if keep and config.log.attention else None
     model.eval()
     try:
-        return complete(engine, tokenizer, [prompt], settings, config.log.sample_tokens)[0]
+        writer, tokens = watched or engine, config.log.sample_tokens
+        text = complete(writer, tokenizer, [prompt], settings, tokens)[0]
     finally:
         model.train()
+    if keep and watched:
+        keep(watched)
+    return text

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from octavo import disk
 from octavo.adapting.assemble import assemble, load_trained, trained_names
 from octavo.adapting.classify import Classifier
 from octavo.checkpoint import Run
@@ -17,8 +18,10 @@ from octavo.errors import ConfigError
 from octavo.generating.sampling import splitmix64
 from octavo.model.gpt import GPT, cross_entropy
 from octavo.text.batches import document_mask
+from octavo.training import sharded
+from octavo.training.canonical import canonical_gradients, prepare_canonical
 from octavo.training.display import Display
-from octavo.training.metrics import layer_norms
+from octavo.training.metrics import layer_norms, layer_updates, weights_before
 from octavo.training.optim import (
     build_optimizer,
     dropout_at,
@@ -27,6 +30,8 @@ from octavo.training.optim import (
     optimizer_tensors,
     set_lr,
 )
+from octavo.training.parallel import ALONE, Ranks
+from octavo.training.spike import Reading, Spike, watch
 from octavo.training.task import Task
 
 
@@ -43,6 +48,12 @@ class Progress:
     evaluated_step: int = -1
     skipped: int = 0
     bad_in_a_row: int = 0
+    skipped_rows: int = 0
+    """Rows that were passed over by going back: later steps take rows so much further on."""
+    rewinds: int = 0
+    """How often in a row the run went back, from the step ``rewound_from`` last."""
+    rewound_from: int = -1
+    recent: list[Reading] = field(default_factory=list)
 
 
 @dataclass
@@ -58,6 +69,11 @@ class Learner:
     loss: Callable[..., Tensor]
     autocast: Callable[[], contextlib.AbstractContextManager[Any]]
     progress: Progress = field(default_factory=Progress)
+    ranks: Ranks = ALONE
+    sharded: bool = False
+    """Whether each process holds a part of the model, and not all of it."""
+    whole: GPT | Classifier | None = None
+    """On the first process of a sharded model: room for all of it, on the CPU."""
 
     @property
     def device(self) -> torch.device:
@@ -77,6 +93,7 @@ class Learner:
         return vars(self.progress) | {
             "scaler": self.scaler.state_dict(),
             "threads": torch.get_num_threads(),
+            "processes": self.ranks.size,
         }
 
 
@@ -89,15 +106,34 @@ class Step:
     lr: float
     taken: bool
     layers: dict[str, float]
+    updates: dict[str, float]
+    """How far each layer's weights moved, as a share of their norm."""
+    spike: Spike | None
 
 
-def build_learner(task: Task, device: torch.device, display: Display) -> Learner:
+def build_learner(
+    task: Task, device: torch.device, display: Display, ranks: Ranks = ALONE
+) -> Learner:
     """Weights from the run's seed or its base, the optimizer, precision and compilation."""
     config = task.config
+    canonical = config.train.deterministic == "canonical"
+    if canonical:
+        prepare_canonical(config)
+    rows, _ = ranks.rows(0, config.train)
     torch.manual_seed(config.train.seed)
     model = assemble(config, task.base).to(device).train()
     body = model.body if isinstance(model, Classifier) else model
     body.grad_checkpoint = config.train.grad_checkpoint
+    cut = sharded.is_to_be_sharded(config, model, device, ranks)
+    whole = sharded.whole_copy(model, ranks) if cut else None
+    if cut:
+        sharded.shard(model, body, device, ranks)
+    if ranks.size > 1:
+        display.say(
+            f"{ranks.size} processes, each with {len(rows) * rows.step} of a step's "
+            f"{config.train.batch_size} rows and {'a part (fsdp)' if cut else 'all (ddp)'} "
+            "of the model"
+        )
     precision = choose_precision(config.train.precision, device)
     learner = Learner(
         task=task,
@@ -109,8 +145,11 @@ def build_learner(task: Task, device: torch.device, display: Display) -> Learner
         autocast=functools.partial(
             torch.autocast, device.type, precision, enabled=precision != torch.float32
         ),
+        ranks=ranks,
+        sharded=cut,
+        whole=whole,
     )
-    if config.train.compile is True:
+    if config.train.compile is True and not (cut or canonical):
         _compile(learner, display)
     return learner
 
@@ -119,20 +158,26 @@ def restore(learner: Learner, run: Run, display: Display) -> None:
     """Load the latest checkpoint, where there is one."""
     for path in run.damaged:
         display.say(f"warning: {path} is damaged and passed over")
-    if run.latest is None:
+    latest = learner.ranks.first(lambda: run.latest)
+    if latest is None:
         return
-    saved = run.load(run.latest)
+    saved = run.load(latest)
     state = dict(saved.state)  # empty where training never began
-    threads = state.pop("threads", torch.get_num_threads())
-    if threads != torch.get_num_threads():
-        display.say(
-            f"warning: the run used {threads} threads, this process uses "
-            f"{torch.get_num_threads()}: what follows will not be bit for bit the same"
-        )
+    for what in ("threads", "processes"):
+        now = learner.state()[what]
+        then = state.pop(what, now)
+        if then != now and learner.task.config.train.deterministic != "canonical":
+            display.say(
+                f"warning: the run used {then} {what}, now there are {now}: "
+                "what follows will not be bit for bit the same"
+            )
     if scaler := state.pop("scaler", None):
         learner.scaler.load_state_dict(scaler)
-    load_trained(learner.model, saved.model_tensors())
-    load_optimizer_tensors(learner.optimizer, learner.model, saved.optimizer_tensors())
+    tensors, averages = saved.model_tensors(), saved.optimizer_tensors()
+    if learner.sharded:
+        tensors, averages = sharded.scattered(learner.model, tensors, averages)
+    load_trained(learner.model, tensors)
+    load_optimizer_tensors(learner.optimizer, learner.model, averages)
     learner.progress = Progress(**state)
     display.say(f"going on from step {learner.progress.step:,} of {run.path}")
 
@@ -141,7 +186,8 @@ def optimizer_step(learner: Learner, with_layers: bool = False) -> Step:
     """Forward and backward over the step's micro-batches, then clip and update.
 
     The loss is summed over the tokens of all micro-batches and divided once. A loss or gradient
-    that is not finite is seen before the optimizer: the step is not taken, its rows are used up.
+    that is not finite, or leaps where ``train.on_spike`` is rewind, is seen before the optimizer:
+    the step is not taken, its rows are used up.
     """
     config, progress = learner.task.config, learner.progress
     train, max_steps = config.train, config.train.max_steps
@@ -149,23 +195,25 @@ def optimizer_step(learner: Learner, with_layers: bool = False) -> Step:
     dropout = dropout_at(progress.step, config.model.dropout, train.dropout_final, max_steps)
     if train.dropout_final is not None:
         learner.body.set_dropout(dropout)
-    first = progress.step * train.batch_size
-    starts = range(first, first + train.batch_size, train.micro_batch_size)
-    batches = [learner.task.batches.rows(row, train.micro_batch_size) for row in starts]
-    n_targets = sum(int((y != -100).sum()) for _, y in batches)
-    total = torch.zeros((), device=learner.device)
-    for row, (x, y) in zip(starts, batches, strict=True):
-        if dropout or config.lora.dropout:
-            torch.manual_seed(splitmix64(splitmix64(train.seed, progress.step), row))
-        nll = _nll(learner, learner.loss, x, y)
-        learner.scaler.scale(nll / n_targets).backward()
-        total += nll.detach()
+    first = progress.step * train.batch_size + progress.skipped_rows
+    starts, micro = learner.ranks.rows(first, train)
+    batches = [(row, *learner.task.batches.rows(row, micro)) for row in starts]
+    n_targets = learner.ranks.total(sum(int((y != -100).sum()) for _, _, y in batches))
+    backward = functools.partial(
+        _backward, learner, n_targets, bool(dropout or config.lora.dropout)
+    )
+    if train.deterministic == "canonical":
+        total = canonical_gradients(learner.model, learner.ranks, batches, backward)
+    else:
+        total = backward(batches)
+        learner.ranks.add_up([total] if learner.sharded else [*_gradients(learner), total])
     learner.scaler.unscale_(learner.optimizer)
-    gradients = [p.grad for p in learner.model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = sharded.full(torch.nn.utils.get_total_norm(_gradients(learner)))
     loss, grad_norm = (total / n_targets).item(), norm.item()
-    taken = bool(np.isfinite(loss) and np.isfinite(grad_norm))
-    layers = layer_norms(learner.model) if with_layers else {}
+    layers = layer_norms(learner.model) if with_layers or train.spike_window else {}
+    spike = watch(learner, first, lr, loss, grad_norm, layers)
+    taken = bool(np.isfinite(loss) and np.isfinite(grad_norm)) and not (spike and spike.rewinds)
+    before = weights_before(learner.model) if with_layers else {}
     if taken:
         if config.optim.grad_clip:
             parameters = learner.model.parameters()
@@ -174,10 +222,33 @@ def optimizer_step(learner: Learner, with_layers: bool = False) -> Step:
     learner.scaler.update()
     learner.optimizer.zero_grad(set_to_none=True)
     progress.step += 1
-    progress.tokens += sum(x.size for x, _ in batches)
+    progress.tokens += sum(x.size for _, x, _ in batches) * learner.ranks.size
     progress.skipped += not taken
     progress.bad_in_a_row = 0 if taken else progress.bad_in_a_row + 1
-    return Step(loss, grad_norm, lr, taken, layers)
+    updates = layer_updates(learner.model, before)
+    return Step(loss, grad_norm, lr, taken, layers if with_layers else {}, updates, spike)
+
+
+def _backward(
+    learner: Learner, n_targets: int, keyed: bool, batches: Sequence[tuple[int, Any, Any]]
+) -> Tensor:
+    """Add the gradients of some micro-batches, (first row, x, y) each; return their summed loss.
+
+    ``keyed``: there is dropout, which is drawn anew from seed, step and row.
+    """
+    seed, step = learner.task.config.train.seed, learner.progress.step
+    total = torch.zeros((), device=learner.device)
+    for row, x, y in batches:
+        if keyed:
+            torch.manual_seed(splitmix64(splitmix64(seed, step), row))
+        nll = _nll(learner, learner.loss, x, y)
+        learner.scaler.scale(nll / n_targets).backward()
+        total += nll.detach()
+    return total
+
+
+def _gradients(learner: Learner) -> list[Tensor]:
+    return [p.grad for p in learner.model.parameters() if p.grad is not None]
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
@@ -195,7 +266,8 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 def _compile(learner: Learner, display: Display) -> None:
     """Swap in the compiled loss, unless compiling fails here; then say so in one line."""
     compiled = torch.compile(learner.loss)
-    x, y = learner.task.batches.rows(0, learner.task.config.train.micro_batch_size)
+    x, y = learner.task.batches.rows(0, learner.ranks.rows(0, learner.task.config.train)[1])
+    disk.failpoint("compiling")
     try:
         _nll(learner, compiled, x, y).backward()
     except Exception as error:  # compilers fail in many ways, and eager training does not need one

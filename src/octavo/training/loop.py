@@ -12,16 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from octavo import disk
 from octavo.checkpoint import Run, refuse_occupied
 from octavo.config import Config
 from octavo.errors import ConfigError, Preempted
 from octavo.language_model import choose_device
-from octavo.reporting.report import draw_run
 from octavo.training.display import Display
 from octavo.training.judge import read_hellaswag
 from octavo.training.keeper import Keeper, due
 from octavo.training.learner import Learner, build_learner, optimizer_step, restore
 from octavo.training.metrics import MetricsLog, last_event
+from octavo.training.parallel import Ranks, joined
 from octavo.training.task import Task, check_resumable, check_same_text, prepare
 
 
@@ -46,26 +47,30 @@ def train(
     ``train.max_bad_steps`` bad steps in a row, `ResourceError` when the disk stays full.
     """
     with contextlib.ExitStack() as stack:
-        display = stack.enter_context(Display(quiet))
         device = choose_device(config.train.device)
-        run, task = _open(config, Path(out), resume, device.type)
+        ranks = stack.enter_context(joined(device))
+        display = stack.enter_context(Display(quiet or not ranks.leads))
+        run, task = _open(config, Path(out), resume, device.type, ranks)
         display.say(task.data["description"])
         hellaswag = read_hellaswag(task)
-        learner = build_learner(task, device, display)
+        learner = build_learner(task, device, display, ranks)
         if run is None:  # only now that nothing can be wrong with what was asked for
-            run = Run.create(out, task.config, task.tokenizer, files=task.files)
-        stack.enter_context(run.locked())
+            run = ranks.first(
+                lambda: Run.create(out, task.config, task.tokenizer, files=task.files)
+            )
+        ranks.first(lambda: stack.enter_context(run.locked()))
         restore(learner, run, display)
-        log = stack.enter_context(contextlib.closing(MetricsLog(run.path, task.config)))
+        log = MetricsLog(run.path, task.config, silent=not ranks.leads)
+        stack.enter_context(contextlib.closing(log))
         keeper = Keeper(learner, run, log, display, hellaswag)
-        if _is_over(learner) and last_event(log.path) == "end":
+        if ranks.first(lambda: _is_over(learner) and last_event(log.path) == "end"):
             display.say(f"{run.path} is finished; more train.max_steps would carry it on")
         else:
-            stop = stack.enter_context(_stop_signals())
+            stop = stack.enter_context(_stop_signals(ranks))
             keeper.announce()
             reason = _loop(learner, keeper, stop)
             keeper.end(reason)
-            draw_run(run.path)
+            keeper.draw()
             keeper.pack()
         progress = learner.progress
         reason = "finished" if progress.step >= config.train.max_steps else "early stop"
@@ -86,14 +91,16 @@ def _loop(learner: Learner, keeper: Keeper, stop: "_Stop") -> str:
         keeper.validate()  # a resumed run may have been killed between saving and validating
     if progress.step and due(progress.step, config.eval.hellaswag_every):
         _judge(learner, keeper, stop)
-    while not _is_over(learner):
+    while not _is_over(learner) and not stop.agreed():
         started = time.perf_counter()
         with_layers = config.log.layers and due(progress.step + 1, config.log.every)
         step = optimizer_step(learner, with_layers)
+        if keeper.went_back(step):
+            continue
         keeper.step(step, time.perf_counter() - started)
-        if stop.requested:
-            keeper.save()
-            _say_goodbye(learner, keeper, stop)
+        learner.ranks.hurry()
+        if stop.agreed():
+            break
         last = progress.step == config.train.max_steps
         if last or due(progress.step, config.checkpoint.every):
             keeper.save()  # before anything risky
@@ -103,7 +110,9 @@ def _loop(learner: Learner, keeper: Keeper, stop: "_Stop") -> str:
             keeper.sample()
         if due(progress.step, config.eval.hellaswag_every):
             _judge(learner, keeper, stop)
-    keeper.save()
+    if stop.agreed():
+        _say_goodbye(learner, keeper, stop)
+    keeper.save(at_last=True)
     keeper.validate()
     _judge(learner, keeper, stop)
     return "finished" if progress.step >= config.train.max_steps else "early stop"
@@ -123,8 +132,18 @@ def _is_over(learner: Learner) -> bool:
     return early or progress.step >= train.max_steps
 
 
-def _open(config: Config, out: Path, resume: bool, device: str) -> tuple[Run | None, Task]:
+def _open(
+    config: Config, out: Path, resume: bool, device: str, ranks: Ranks
+) -> tuple[Run | None, Task]:
     """The run that is there, None for a new one, and the task as the configuration says."""
+    if ranks.size > 1 and config.data.source == "-" and not disk.exists(out):
+        raise ConfigError("only one process can read standard input", fix="write it to a file")
+    run, task = _found(config, out, resume, device)
+    ranks.check_equal("configuration, text and run", [str(out), task.config, task.data])
+    return run, task
+
+
+def _found(config: Config, out: Path, resume: bool, device: str) -> tuple[Run | None, Task]:
     run = Run.find(out)
     if run is None:
         refuse_occupied(out)
@@ -148,13 +167,21 @@ def _open(config: Config, out: Path, resume: bool, device: str) -> tuple[Run | N
 class _Stop:
     """The name of the signal that asked for a stop, once one has."""
 
+    ranks: Ranks
     requested: str = ""
+
+    def agreed(self) -> bool:
+        """Whether any process was asked to stop, and so all of them do."""
+        return self.ranks.any(bool(self.requested))
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[_Stop]:
-    """Turn the first SIGINT or SIGTERM into a request; after it they act as before."""
-    stop = _Stop()
+def _stop_signals(ranks: Ranks) -> Iterator[_Stop]:
+    """Turn the first SIGINT or SIGTERM into a request; after it they act as before.
+
+    Not so among several processes: they get each signal twice, from the terminal and from torchrun.
+    """
+    stop = _Stop(ranks)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def restore_handlers() -> None:
@@ -163,7 +190,8 @@ def _stop_signals() -> Iterator[_Stop]:
 
     def request(number: int, frame: FrameType | None) -> None:
         stop.requested = signal.Signals(number).name
-        restore_handlers()
+        if ranks.size == 1:
+            restore_handlers()
 
     try:
         for number in before:
@@ -180,9 +208,11 @@ def _stop_signals() -> Iterator[_Stop]:
 def _say_goodbye(learner: Learner, keeper: Keeper, stop: _Stop) -> None:
     """End a stopped run: it is saved and can go on."""
     path, progress = keeper.run.path, learner.progress
-    draw_run(path)
+    keeper.save(at_last=True)
+    if stop.requested == "SIGINT":  # who sends SIGTERM kills soon
+        keeper.draw()
     raise Preempted(
-        f"stopped by {stop.requested} and saved at step {progress.step:,} of "
+        f"stopped by {stop.requested or 'a signal'} and saved at step {progress.step:,} of "
         f"{learner.task.config.train.max_steps:,}",
         fix=f"go on with: octavo train {path} --resume",
     )

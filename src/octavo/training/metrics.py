@@ -1,11 +1,13 @@
 """What a run writes down as it goes: ``metrics.jsonl`` always, TensorBoard and W&B when asked.
 
-One JSON object a line, appended and flushed, so a killed run loses at most a torn last line.
+One JSON object a line, appended and flushed, so a killed run loses at most a torn last line. What a
+full disk refuses waits in memory and is written with the next line.
 """
 
 import contextlib
 import json
 import math
+import os
 import platform
 import sys
 from collections.abc import Callable
@@ -13,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import octavo
+from octavo import disk
 from octavo.config import Config, LogConfig
 from octavo.errors import MissingExtraError
+from octavo.training.sharded import full
 
 Backend = Callable[[dict[str, float], int], None]
 
@@ -25,19 +29,27 @@ Backend = Callable[[dict[str, float], int], None]
 class MetricsLog:
     """Appends events to ``metrics.jsonl`` and passes their numbers on to the other backends."""
 
-    def __init__(self, run: Path, config: Config) -> None:
+    def __init__(self, run: Path, config: Config, silent: bool = False) -> None:
+        """``silent``: another process writes."""
         self.path = run / "metrics.jsonl"
-        self._file = self.path.open("a", encoding="utf-8")
-        if self.path.stat().st_size and not _ends_with_newline(self.path):
+        written = Path(os.devnull) if silent else self.path
+        with disk.errors(f"write {self.path}"):
+            self._file = written.open("a", encoding="utf-8")
+        if not silent and self.path.stat().st_size and not _ends_with_newline(self.path):
             self._file.write("\n")  # a killed run's torn line stays torn, and alone
-        self._backends, self._closers = _open_backends(run, config)
+        self._backends, self._closers = ([], []) if silent else _open_backends(run, config)
 
     def write(self, event: str, step: int, tokens: int, seconds: float, **values: Any) -> None:
-        """Append one event; numbers that JSON cannot hold become null."""
+        """Append one event; numbers that JSON cannot hold become null.
+
+        Raises `ResourceError` when the disk refuses.
+        """
         line = {"event": event, "step": step, "tokens": tokens, "seconds": round(seconds, 3)}
         line |= {name: _json_safe(value) for name, value in values.items()}
-        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        self._file.flush()
+        with disk.errors(f"write {self.path}"):
+            self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            self._file.flush()
+            disk.failpoint(f"logged-{event}")
         if event in ("train", "eval", "judge"):
             numbers = {
                 f"{event}/{name}": float(value)
@@ -49,7 +61,8 @@ class MetricsLog:
 
     def close(self) -> None:
         """Flush everything; the log cannot be written to afterwards."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # of a full disk everybody was told before
+            self._file.close()
         for close in self._closers:
             close()
 
@@ -113,12 +126,35 @@ def last_event(path: Path) -> str:
 
 def layer_norms(model: nn.Module) -> dict[str, float]:
     """The gradient's norm in each block and in the rest, to see where it vanishes or explodes."""
-    squares: dict[str, float] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            layer = ".".join(name.split(".")[:2]) if name.startswith("blocks.") else "rest"
-            squares[layer] = squares.get(layer, 0.0) + parameter.grad.double().square().sum().item()
-    return {layer: math.sqrt(total) for layer, total in squares.items()}
+    return _norms({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+
+
+def weights_before(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the weights that a step is about to change."""
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def layer_updates(model: nn.Module, before: dict[str, Tensor]) -> dict[str, float]:
+    """How far a step has moved each layer's weights, as a share of their norm ``before`` it.
+
+    About a thousandth is usual; much less learns little, much more is not stable.
+    """
+    weights = dict(model.named_parameters())
+    sizes = _norms(before)
+    moves = _norms({name: weights[name].detach() - old for name, old in before.items()})
+    return {layer: move / sizes[layer] for layer, move in moves.items() if sizes[layer]}
+
+
+def _norms(tensors: dict[str, Tensor]) -> dict[str, float]:
+    """The norm of the tensors of each block and of the rest, by their parameters' names."""
+    layers: dict[str, list[Tensor]] = {}
+    for name, tensor in tensors.items():
+        parts = name.removeprefix("body.").split(".")  # a classifier's GPT is its body
+        layers.setdefault(".".join(parts[:2]) if parts[0] == "blocks" else "rest", []).append(
+            tensor
+        )
+    norms = [full(torch.nn.utils.get_total_norm(group)) for group in layers.values()]
+    return dict(zip(layers, torch.stack(norms).tolist() if norms else [], strict=True))
 
 
 def _json_safe(value: Any) -> Any:

@@ -82,8 +82,9 @@ def _update(
     directions = torch.stack(gradients).lerp_(torch.stack(averages), group["momentum"])
     rows, columns = parameters[0].shape
     stretch = max(1.0, rows / columns) ** 0.5
-    torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+    weights: list[Tensor] = list(parameters)
+    torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
     steps = list(orthogonalize(directions).unbind())
-    torch._foreach_add_(parameters, steps, alpha=-group["lr"] * stretch)
+    torch._foreach_add_(weights, steps, alpha=-group["lr"] * stretch)
     for p in parameters:
         p.grad = None

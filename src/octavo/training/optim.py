@@ -7,22 +7,33 @@ import torch
 from torch import Tensor, nn
 
 from octavo.config import OptimConfig
+from octavo.training.muon import Muon, is_block_matrix
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019) over two groups: matrices decay, vectors do not."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+    """AdamW (Loshchilov and Hutter 2019): matrices decay, vectors do not. With ``name=muon`` the
+    matrices inside the blocks are Muon's, at a rate of their own.
+    """
+    matrices, others, vectors = [], [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            by_muon = config.name == "muon" and is_block_matrix(name, p)
+            (matrices if by_muon else others if p.dim() >= 2 else vectors).append(p)
+    shared = {"weight_decay": config.weight_decay, "lr_scale": 1.0, "muon": False}
+    shared["momentum"] = config.muon_momentum
+    ratio = config.muon_lr / config.lr if config.lr else 0.0
     groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+        {"params": others} | shared,
+        {"params": vectors} | shared | {"weight_decay": 0.0},
+        {"params": matrices} | shared | {"lr_scale": ratio, "muon": True},
     ]
-    fused = trained[0].device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(
+    kind = Muon if config.name == "muon" else torch.optim.AdamW
+    return kind(
         [group for group in groups if group["params"]],
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
-        fused=fused,
+        fused=next(model.parameters()).device.type in ("cpu", "cuda"),
     )
 
 
@@ -55,9 +66,9 @@ def lr_at(step: int, config: OptimConfig, max_steps: int) -> float:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
-    """Give every group this learning rate, and return it."""
+    """Give every group this learning rate, or its multiple of it, and return it."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]
     return lr
 
 

@@ -161,7 +161,7 @@ def check_resumable(old: Config, new: Config) -> None:
     """Refuse settings that would make the rest of a run another experiment, naming each."""
     free = ("eval.", "checkpoint.", "log.", "train.max_steps", "train.device", "train.patience")
     free += ("train.max_bad_steps", "train.compile", "train.micro_batch_size", "train.grad_accum")
-    free += ("train.quantize", "train.draft")
+    free += ("train.parallel", "train.quantize", "train.draft", "train.spike_", "train.on_spike")
     before, after = flatten(old), flatten(new)
     changed = [
         f"{key} {before[key]} -> {after[key]}"

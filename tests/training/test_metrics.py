@@ -1,0 +1,64 @@
+"""What a run writes down while it goes: figures, layers, and a page that follows it."""
+
+import pytest
+import torch
+from test_spike import FOX, config, events
+
+from octavo.model.gpt import GPT
+from octavo.model_config import ModelConfig
+from octavo.training import learner as learner_module
+from octavo.training.loop import train
+from octavo.training.metrics import layer_updates, weights_before
+
+LAYERS = {"blocks.0", "blocks.1", "rest"}
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "fox.txt"
+    path.write_text(FOX, encoding="utf-8")
+    return path
+
+
+def test_an_update_is_a_share_of_what_was_there_before():
+    model = GPT(ModelConfig(vocab_size=9, n_layer=2, n_head=2, d_model=8, block_size=8))
+    before = weights_before(model)
+    with torch.no_grad():
+        for parameter in model.blocks[1].parameters():
+            parameter *= 1.01
+    assert layer_updates(model, before) == pytest.approx(
+        {"blocks.0": 0.0, "blocks.1": 0.01, "rest": 0.0}, rel=1e-3, abs=1e-9
+    )
+
+
+@pytest.mark.parametrize("layers", [False, True])
+def test_metrics_carry_memory_and_mfu_and_layers_when_asked(text, tmp_path, layers):
+    settings = ("train.max_steps=4", "log.every=2", f"log.layers={str(layers).lower()}")
+    train(config(text, *settings), tmp_path / "run", quiet=True)
+    told = events(tmp_path / "run", "train")
+    assert [event["step"] for event in told] == [2, 4]
+    for event in told:
+        assert event["memory_bytes"] > 10e6
+        assert event["mfu"] > 0
+        assert set(event.get("layers", {})) == (LAYERS if layers else set())
+        assert set(event.get("updates", {})) == (LAYERS if layers else set())
+        assert all(0 < share < 1 for share in event.get("updates", {}).values())
+    assert events(tmp_path / "run")[0]["environment"]["peak"].endswith(" TFLOP/s")
+
+
+def test_the_page_follows_the_run_and_rests_when_it_is_over(text, tmp_path, monkeypatch):
+    plain, seen, page = learner_module.optimizer_step, [], tmp_path / "run" / "report.html"
+
+    def watched(learner, with_layers=False):
+        seen.append(page.read_text(encoding="utf-8") if page.exists() else "")
+        return plain(learner, with_layers)
+
+    monkeypatch.setattr("octavo.training.loop.optimizer_step", watched)
+    train(config(text, "train.max_steps=3"), tmp_path / "run", quiet=True)
+    assert seen[0] == ""
+    assert 'http-equiv="refresh"' in seen[1]
+    assert "Training goes on" in seen[1]
+    assert seen[2] == seen[1], "drawn every so often, not every step"
+    over = page.read_text(encoding="utf-8")
+    assert 'http-equiv="refresh"' not in over
+    assert "Finished after 3 steps." in over
