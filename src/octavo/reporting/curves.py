@@ -1,13 +1,12 @@
-"""A run's curves: one PNG to pass on, and SVG that takes its colours from the page it stands in.
+"""A run's numbers as series, and its curves as one PNG to pass on.
 
-Both are drawn from the events of metrics.jsonl by matplotlib (the extra ``viz``), imported when
+The PNG is drawn from the events of metrics.jsonl by matplotlib (the extra ``viz``), imported when
 something is drawn. The colours are Okabe and Ito's, which stay apart for colour-blind readers. The
 same events give the same bytes.
 """
 
 import io
 import math
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,22 +20,12 @@ from octavo.errors import MissingExtraError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 Event = dict[str, Any]
 """One line of metrics.jsonl."""
 
 MOST_POINTS = 600  # of one line: more than a page has pixels for, and the file stays small
 BLUE, SKY, VERMILION, INK, GRID = "#0072b2", "#56b4e9", "#d55e00", "#1b1f24", "#d9dce0"
-ON_PAGE = {
-    BLUE: "var(--line)",
-    SKY: "var(--noise)",
-    VERMILION: "var(--accent)",
-    GRID: "var(--rule)",
-    INK: "currentColor",
-}
-"""The page's name for each colour, so that it can choose lighter ones on a dark ground."""
-
 STYLE = {
     "text.color": INK,
     "axes.labelcolor": INK,
@@ -59,8 +48,6 @@ STYLE = {
     "legend.frameon": False,
     "legend.handlelength": 1.4,
     "legend.columnspacing": 1.2,
-    "svg.fonttype": "none",  # text stays text: small, sharp, and read aloud
-    "svg.hashsalt": "octavo",  # the same ids every time
 }
 
 
@@ -82,7 +69,6 @@ PANELS = (
     Panel("loss", "Loss", "nats a token"),
     Panel("lr", "Learning rate", ""),
     Panel("grad_norm", "Gradient norm", "before clipping"),
-    Panel("tokens_per_s", "Speed", "tokens a second"),
 )
 
 
@@ -109,27 +95,8 @@ def draw_curves(events: Sequence[Event], path: Path | str) -> None:
     write_atomic(Path(path), buffer.getvalue())
 
 
-def svg_curves(events: Sequence[Event]) -> dict[Panel, str]:
-    """Each panel that has something to show, as an ``<svg>`` to put into a page.
-
-    The background is transparent, text takes the page's font, and the colours are its custom
-    properties ``--line --noise --accent --rule`` and ``currentColor``. Raises `MissingExtraError`
-    without matplotlib.
-    """
-    with styled("drawing curves", {"font.size": 9.5}):
-        from matplotlib.figure import Figure
-
-        drawn = {}
-        for panel in PANELS:
-            figure = Figure(figsize=(4.6, 3))
-            figure.subplots_adjust(left=0.145, right=0.96, bottom=0.16, top=0.9)
-            if draw_panel(figure.add_subplot(), panel, events):
-                drawn[panel] = _svg(figure, panel)
-        return drawn
-
-
-def draw_panel(ax: "Axes", panel: Panel, events: Sequence[Event]) -> bool:
-    """Draw one quantity over the steps; False where no finite number of it is there.
+def draw_panel(ax: "Axes", panel: Panel, events: Sequence[Event]) -> None:
+    """Draw one quantity over the steps.
 
     What is noisy is drawn light, under its moving mean; validations have a marker each.
     """
@@ -148,15 +115,12 @@ def draw_panel(ax: "Axes", panel: Panel, events: Sequence[Event]) -> bool:
         legend = ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderaxespad=0.2)
         for line in legend.get_lines():
             line.set_linewidth(2)
-    if panel.key == "tokens_per_s":
-        ax.set_ylim(bottom=0)  # else a steady speed looks like a wild one
-    if panel.key == "grad_norm" and _spiky(values):
+    if panel.key == "grad_norm" and spiky(values):
         ax.set_yscale("log")
     if drawn:
         _label_axes(ax)
     else:
         ax.set(xticks=[], yticks=[])
-    return bool(drawn)
 
 
 def series(events: Iterable[Event], kind: str, key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -207,8 +171,9 @@ def thin(x: np.ndarray, y: np.ndarray, most: int = MOST_POINTS) -> tuple[np.ndar
 def tick_labels(ticks: Sequence[float]) -> list[str]:
     """Numbers for an axis, alike in their decimals: 0.5 1.0, 2,000 4,000, 0.5e-3 1e-3, 1.5M."""
     largest = max((abs(tick) for tick in ticks), default=0.0)
-    if largest >= 1e6:
-        return [f"{tick / 1e6:g}M" for tick in ticks]
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if largest >= size:
+            return [f"{tick / size:g}{unit}" if tick else "0" for tick in ticks]
     if 0 < largest < 0.01:
         exponent = math.floor(math.log10(largest))
         return [f"{tick / 10**exponent:g}e{exponent}" if tick else "0" for tick in ticks]
@@ -232,7 +197,7 @@ def _label_axes(ax: "Axes") -> None:
         axis.set_ticks(ticks, labels=tick_labels(ticks))
 
 
-def _spiky(values: np.ndarray) -> bool:
+def spiky(values: np.ndarray) -> bool:
     """Whether a few large values would press all others flat on a linear axis."""
     finite = values[np.isfinite(values)]
     return len(finite) > 0 and finite.min() > 0 and finite.max() > 10 * np.median(finite)
@@ -256,23 +221,3 @@ def styled(wanted_for: str, more: dict[str, Any]) -> Iterator[None]:
         raise MissingExtraError("viz", wanted_for) from None
     with style.context(["default", {**STYLE, **more}]):
         yield
-
-
-def _svg(figure: "Figure", panel: Panel) -> str:
-    """The figure as an element of a page: scales with it, coloured by it, described in words."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = buffer.getvalue()
-    body = re.sub(
-        r"<(metadata|style)\b.*?</\1>",
-        "",
-        svg[svg.index(">", svg.index("<svg")) + 1 :],
-        flags=re.DOTALL,
-    )
-    body = re.sub(r' id="[a-z][a-z0-9.]*_\d+"', "", body)  # of groups: every figure has the same
-    body = re.sub(r"font-family: [^;\"]*", "font-family: inherit", body)
-    for colour, name in ON_PAGE.items():
-        body = body.replace(colour, name)
-    width, height = (72 * inches for inches in figure.get_size_inches())
-    label = f"{panel.caption} over the steps"
-    return f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{label}">{body}'

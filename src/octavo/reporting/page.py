@@ -1,14 +1,14 @@
 """A run's page: what a model learned, wrote and was told, as one HTML file.
 
 It needs no network, no script and no other file, follows the reader's dark or light, and is the
-same for the same events, byte for byte. Without matplotlib it has a table in place of curves.
+same for the same events, byte for byte.
 """
 
 import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from typing import Any, TypeVar
@@ -16,50 +16,59 @@ from typing import Any, TypeVar
 import numpy as np
 
 from octavo.config import Config, ModelConfig
-from octavo.errors import ConfigError, MissingExtraError
-from octavo.reporting.curves import Event, best_validation, series, svg_curves
+from octavo.errors import ConfigError
+from octavo.reporting.charts import run_charts
+from octavo.reporting.curves import Event, best_validation, series
 
 MOST_SAMPLES, MOST_ROWS = 20, 100  # on a page; of a long run an even spread is shown
+RELOAD = 20  # seconds until the page of a run that goes on loads itself again
 NOTHING = "–"
 
 T = TypeVar("T")
 
 
-def render(events: Sequence[Event], name: str) -> str:
+def render(events: Sequence[Event], name: str, alive: bool = False) -> str:
     """The whole page, as HTML, of a run called ``name``; ``events`` are at least one."""
-    start = _last(events, "start")
+    start = last(events, "start")
     parts = (
-        _header(events, start, name),
-        _headline(events, start),
+        _header(events, start, name, alive),
+        tiles(headline(events, start)),
         _curves(events),
+        _spikes(events),
         _samples(events),
         _settings(start.get("settings", {})),
-        _section("Text", _facts(start.get("data", {}))),
-        _section("Environment", _facts(start.get("environment", {}))),
+        section("Text", _facts(start.get("data", {}))),
+        section("Environment", _facts(start.get("environment", {}))),
     )
+    return document(name, parts, "Drawn by octavo from metrics.jsonl alone.", alive)
+
+
+def document(title: str, parts: Iterable[str], footer: str, alive: bool = False) -> str:
+    """A whole HTML file; the page of a run that is ``alive`` loads itself again."""
     css = files("octavo.reporting").joinpath("page.css").read_text(encoding="utf-8")
     body = "\n".join(part for part in parts if part)
+    reload = f'<meta http-equiv="refresh" content="{RELOAD}">\n' if alive else ""
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{escape(name)} · octavo</title>
+{reload}<title>{escape(title)} · octavo</title>
 <style>
 {css}</style>
 </head>
 <body>
 <main>
 {body}
-<footer>Drawn by octavo from metrics.jsonl alone.</footer>
+<footer>{escape(footer)}</footer>
 </main>
 </body>
 </html>
 """
 
 
-def _header(events: Sequence[Event], start: Event, name: str) -> str:
+def _header(events: Sequence[Event], start: Event, name: str, alive: bool) -> str:
     """What was trained on what, how far it came, and what befell it."""
     model, text = start.get("settings", {}).get("model"), start.get("data", {}).get("name")
     lead = "A GPT"
@@ -79,6 +88,11 @@ def _header(events: Sequence[Event], start: Event, name: str) -> str:
     if skipped:
         steps, reason = _listed([e["step"] for e in skipped]), skipped[-1].get("reason", "")
         notes.append(f"Skipped, for numbers were not finite: step {steps} ({reason}).")
+    for event in (event for event in events if event["event"] == "rewind"):
+        at, to = event.get("spiked_at", event["step"]), event["step"]
+        notes.append(f"Went back from a spike at step {at:,} to step {to:,}, on to other rows.")
+    if alive:
+        notes.append(f"Training goes on. This page loads itself again every {RELOAD} seconds.")
     items = "".join(f"<li>{escape(note)}</li>" for note in notes)
     return (
         f"<header>\n<h1>{escape(name)}</h1>\n<p>{escape(lead)} {_outcome(events, start)}</p>\n"
@@ -88,7 +102,7 @@ def _header(events: Sequence[Event], start: Event, name: str) -> str:
 
 
 def _outcome(events: Sequence[Event], start: Event) -> str:
-    step, end = events[-1]["step"], _last(events, "end")
+    step, end = events[-1]["step"], last(events, "end")
     planned = start.get("settings", {}).get("train", {}).get("max_steps")
     match end.get("reason"):
         case "finished":
@@ -98,44 +112,50 @@ def _outcome(events: Sequence[Event], start: Event) -> str:
     return f"Not finished: step {step:,}" + (f" of {planned:,}." if planned else ".")
 
 
-def _headline(events: Sequence[Event], start: Event) -> str:
-    """The figures one asks for first."""
-    best, last = best_validation(events), events[-1]
-    tiles = []
+def headline(events: Sequence[Event], start: Event) -> list[tuple[str, str, str]]:
+    """The figures one asks for first: name, value, note."""
+    best, latest = best_validation(events), events[-1]
+    found = []
     if best is not None:
         at = f"at step {best['step']:,}"
-        tiles.append(("Validation loss", _number(best["val_loss"], ".3f"), "nats a token, best"))
-        tiles.append(("Perplexity", _number(best.get("val_ppl"), ".2f"), at))
-        tiles.append(("Bits a byte", _number(best.get("val_bpb"), ".3f"), at))
+        found.append(("Validation loss", number(best["val_loss"], ".3f"), "nats a token, best"))
+        found.append(("Perplexity", number(best.get("val_ppl"), ".2f"), at))
+        found.append(("Bits a byte", number(best.get("val_bpb"), ".3f"), at))
     planned = start.get("settings", {}).get("train", {}).get("max_steps")
-    tiles.append(("Steps", f"{last['step']:,}", f"of {planned:,}" if planned else ""))
-    tiles.append(("Time", _duration(last.get("seconds")), f"{_large(last.get('tokens'))} tokens"))
-    _, speeds = series(events, "train", "tokens_per_s")
-    if np.isfinite(speeds).any():
-        tiles.append(("Speed", f"{np.nanmedian(speeds):,.0f}", "tokens a second"))
+    found.append(("Steps", f"{latest['step']:,}", f"of {planned:,}" if planned else ""))
+    found.append(("Time", duration(latest.get("seconds")), f"{large(latest.get('tokens'))} tokens"))
+    if speed := _typical(events, "tokens_per_s"):
+        found.append(("Speed", f"{speed:,.0f}", "tokens a second"))
+    if mfu := _typical(events, "mfu"):
+        found.append(("MFU", f"{mfu:.0%}", "of the device's peak"))
+    _, memory = series(events, "train", "memory_bytes")
+    if np.isfinite(memory).any():
+        found.append(("Memory", f"{np.nanmax(memory) / 1e9:.2f} GB", "at most"))
+    return found
+
+
+def _typical(events: Sequence[Event], key: str) -> float | None:
+    """The median of what was logged."""
+    _, values = series(events, "train", key)
+    return float(np.nanmedian(values)) if np.isfinite(values).any() else None
+
+
+def tiles(figures: Sequence[tuple[str, str, str]]) -> str:
+    """Figures side by side."""
     cells = "\n".join(
         f"<div><dt>{label}</dt><dd>{value}<small>{note}</small></dd></div>"
-        for label, value, note in tiles
+        for label, value, note in figures
     )
     return f'<dl class="figures">\n{cells}\n</dl>'
 
 
 def _curves(events: Sequence[Event]) -> str:
-    """The curves, and the same in numbers; without matplotlib the numbers only."""
-    table = _numbers(events)
-    if not table:
+    """The curves, and the same in numbers."""
+    numbers, drawn = _numbers(events), "\n".join(run_charts(events))
+    if not drawn:
         return ""
-    try:
-        drawn = svg_curves(events)
-    except MissingExtraError as missing:
-        note = f"<p>{escape(missing.what)}: <code>{escape(missing.fix)}</code></p>"
-        return _section("Curves", f"{note}\n{table}")
-    figures = "\n".join(
-        f"<figure><figcaption>{escape(panel.caption)}</figcaption>{svg}</figure>"
-        for panel, svg in drawn.items()
-    )
-    details = f"<details><summary>In numbers</summary>\n{table}\n</details>"
-    return _section("Curves", f'<div class="curves">\n{figures}\n</div>\n{details}')
+    details = f"<details><summary>In numbers</summary>\n{numbers}\n</details>" if numbers else ""
+    return section("Curves", f'<div class="curves">\n{drawn}\n</div>\n{details}')
 
 
 COLUMNS = (
@@ -162,8 +182,8 @@ def _numbers(events: Sequence[Event]) -> str:
     columns = [column for column in COLUMNS if any(column[0] in row for row in rows)]
     head = "".join(f'<th scope="col">{label}</th>' for label in ("step", *(c[1] for c in columns)))
     lines = []
-    for row in _spread(rows, MOST_ROWS):
-        cells = "".join(f"<td>{_number(row.get(key), spec)}</td>" for key, _, spec in columns)
+    for row in spread(rows, MOST_ROWS):
+        cells = "".join(f"<td>{number(row.get(key), spec)}</td>" for key, _, spec in columns)
         mark = ' class="best"' if row["step"] == best["step"] else ""
         lines.append(f"<tr{mark}><td>{row['step']:,}</td>{cells}</tr>")
     body = "\n".join(lines)
@@ -173,12 +193,32 @@ def _numbers(events: Sequence[Event]) -> str:
     )
 
 
+def _spikes(events: Sequence[Event]) -> str:
+    """Where loss or gradient leapt, and over which text."""
+    spikes = [event for event in events if event["event"] == "spike"]
+    blocks = []
+    for event in spread(spikes, MOST_SAMPLES):
+        facts = [f"began in {event['began']}"] if event.get("began") else []
+        if event.get("row") is not None:
+            facts.append(f"its worst row is {event['row']:,}: {event.get('where', '')}")
+        facts += [f"everything is in {event['report']}"] if event.get("report") else []
+        text = f'<pre dir="auto">{escape(str(event["text"]))}</pre>' if event.get("text") else ""
+        blocks.append(
+            f'<div class="card"><p><b>step {event["step"]:,}</b> '
+            f"{escape(str(event.get('reason', '')))}</p>"
+            f'<p class="soft">{escape("; ".join(facts))}</p>{text}</div>'
+        )
+    if len(blocks) < len(spikes):
+        blocks.append(f'<p class="soft">{len(blocks)} of {len(spikes)} spikes.</p>')
+    return section("Spikes", "\n".join(blocks))
+
+
 def _samples(events: Sequence[Event]) -> str:
     """What the model wrote as it learned, oldest first; only the newest lies open."""
     samples = [event for event in events if event["event"] == "sample"]
     if not samples:
         return ""
-    shown = _spread(samples, MOST_SAMPLES)
+    shown = spread(samples, MOST_SAMPLES)
     blocks = []
     for event in shown:
         prompt, text = str(event.get("prompt", "")), str(event.get("text", ""))
@@ -191,7 +231,7 @@ def _samples(events: Sequence[Event]) -> str:
         )
     if len(shown) < len(samples):
         blocks.append(f'<p class="soft">{len(shown)} of {len(samples)} samples.</p>')
-    return _section("Samples", "\n".join(blocks))
+    return section("Samples", "\n".join(blocks))
 
 
 def _settings(settings: Mapping[str, Any]) -> str:
@@ -201,16 +241,16 @@ def _settings(settings: Mapping[str, Any]) -> str:
     values, defaults = flat(settings), flat(_defaults(settings))
     changed = [key for key in values if values[key] != defaults.get(key)]
     rows = "\n".join(
-        f'<tr><th scope="row"><code>{escape(key)}</code></th><td>{escape(_plain(values[key]))}</td>'
-        f'<td class="soft">{escape(_plain(defaults.get(key, NOTHING)))}</td></tr>'
+        f'<tr><th scope="row"><code>{escape(key)}</code></th><td>{escape(plain(values[key]))}</td>'
+        f'<td class="soft">{escape(plain(defaults.get(key, NOTHING)))}</td></tr>'
         for key in changed
     )
     head = '<th scope="col">setting</th><th scope="col">here</th><th scope="col">default</th>'
-    return _section(
+    return section(
         "Settings that differ from the defaults",
         f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n'
         f"</table></div>\n<details><summary>All {len(values)} settings</summary>\n"
-        f"{_table(values)}\n</details>",
+        f"{table(values)}\n</details>",
     )
 
 
@@ -235,23 +275,25 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
-def _last(events: Sequence[Event], kind: str) -> Event:
+def last(events: Sequence[Event], kind: str) -> Event:
+    """The newest event of a kind, or an empty one."""
     return next((event for event in reversed(events) if event["event"] == kind), {})
 
 
-def _spread(items: Sequence[T], most: int) -> list[T]:
+def spread(items: Sequence[T], most: int) -> list[T]:
     """At most ``most`` of them, evenly spread, the first and the last among them."""
     index = np.unique(np.linspace(0, len(items) - 1, min(most, len(items))).astype(int))
     return [items[i] for i in index]
 
 
-def _section(title: str, body: str) -> str:
+def section(title: str, body: str) -> str:
+    """A part of the page under its heading; nothing where it is empty."""
     return f"<section>\n<h2>{title}</h2>\n{body}\n</section>" if body else ""
 
 
 def _facts(values: Mapping[str, Any]) -> str:
     """A table of names and values, for people: spaces in names, commas in numbers."""
-    return _table(
+    return table(
         {
             name.replace("_", " "): f"{value:,}" if type(value) is int else value
             for name, value in values.items()
@@ -259,26 +301,29 @@ def _facts(values: Mapping[str, Any]) -> str:
     )
 
 
-def _table(values: Mapping[str, Any]) -> str:
+def table(values: Mapping[str, Any]) -> str:
+    """Names and values, one a row."""
     if not values:
         return ""
     rows = "\n".join(
-        f'<tr><th scope="row">{escape(name)}</th><td>{escape(_plain(value))}</td></tr>'
+        f'<tr><th scope="row">{escape(name)}</th><td>{escape(plain(value))}</td></tr>'
         for name, value in values.items()
     )
     return f'<div class="scroll"><table>\n<tbody>\n{rows}\n</tbody>\n</table></div>'
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
+    """A setting's value as it would be typed."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _number(value: Any, spec: str) -> str:
+def number(value: Any, spec: str) -> str:
+    """A number by its format; a dash for what is none."""
     finite = isinstance(value, int | float) and math.isfinite(value)
     return format(value, spec) if finite else NOTHING
 
 
-def _large(count: Any) -> str:
+def large(count: Any) -> str:
     """1,234,567 as 1.23 M."""
     if not isinstance(count, int):
         return NOTHING
@@ -288,7 +333,8 @@ def _large(count: Any) -> str:
     return f"{count:,}"
 
 
-def _duration(seconds: Any) -> str:
+def duration(seconds: Any) -> str:
+    """Seconds as people say them."""
     if not isinstance(seconds, int | float) or not math.isfinite(seconds):
         return NOTHING
     minutes, rest = divmod(round(seconds), 60)

@@ -2,24 +2,29 @@
 
 import contextlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from octavo.disk import write_atomic
 from octavo.errors import ConfigError, DataError, MissingExtraError
+from octavo.reporting.comparison import names_of, render_comparison
 from octavo.reporting.curves import Event, draw_curves
 from octavo.reporting.page import render
 
 
-def draw_run(run: Path | str) -> None:
+def draw_run(run: Path | str) -> Path:
     """Write a run's report.html and, where matplotlib is installed, its curve.png."""
-    write_report(run)
-    with contextlib.suppress(MissingExtraError):  # the report says how to install it
+    page = write_report(run)
+    with contextlib.suppress(MissingExtraError):  # a picture more
         draw_curves(read_metrics(run), _metrics_file(run).with_name("curve.png"))
+    return page
 
 
-def write_report(run: Path | str) -> Path:
+def write_report(run: Path | str, alive: bool = False) -> Path:
     """Write report.html beside the metrics of ``run``, a run directory or its metrics.jsonl.
+
+    The page of a run that is ``alive`` loads itself again now and then.
 
     Raises `ConfigError` where there are no metrics, `DataError` where they cannot be read or hold
     nothing yet, `ResourceError` when the disk refuses.
@@ -27,11 +32,30 @@ def write_report(run: Path | str) -> Path:
     metrics = _metrics_file(run)
     events = read_metrics(metrics)
     if not events:
-        raise DataError("nothing happened in this run yet", f"in {metrics}", "train it first")
+        raise _empty(metrics)
     page = metrics.with_name("report.html")
-    html = render(events, metrics.resolve().parent.name)
+    html = render(events, metrics.resolve().parent.name, alive)
     write_atomic(page, html.encode("utf-8", errors="replace"))  # a sample may hold half a pair
     return page
+
+
+def write_comparison(runs: Sequence[Path | str], out: Path | str) -> Path:
+    """Write a page that lays ``runs``, at least two, over each other; raises as `write_report`."""
+    files = list(dict.fromkeys(_metrics_file(run).resolve() for run in runs))
+    if len(files) < 2:
+        raise ConfigError("the runs are one and the same", f"in {files[0].parent}", "name another")
+    told = [read_metrics(path) for path in files]
+    for path, events in zip(files, told, strict=True):
+        if not events:
+            raise _empty(path)
+    names = names_of([path.parent for path in files])
+    html = render_comparison(dict(zip(names, told, strict=True)))
+    write_atomic(Path(out), html.encode("utf-8", errors="replace"))
+    return Path(out)
+
+
+def _empty(metrics: Path) -> DataError:
+    return DataError("nothing happened in this run yet", f"in {metrics}", "train it first")
 
 
 def read_metrics(run: Path | str) -> list[Event]:
@@ -82,15 +106,28 @@ def _broken(number: int, path: Path) -> DataError:
 
 
 def _still_valid(events: Iterable[Event]) -> list[Event]:
-    """Without what a later ``start`` took back, or a later session wrote again."""
+    """Without what a later ``start`` or ``rewind`` took back, or was written again after it.
+
+    The spikes that a run went back from are told of all the same.
+    """
     session, rows = 0, []
     for event in events:
-        if event["event"] == "start":
+        if event["event"] in ("start", "rewind"):
             session += 1
-            rows = [(n, e) for n, e in rows if e["step"] <= event["step"] and e["event"] != "end"]
+            stays = ("spike", "rewind") if event["event"] == "rewind" else ()
+            rows = [
+                (n, e)
+                for n, e in rows
+                if (e["step"] <= event["step"] and e["event"] != "end") or e["event"] in stays
+            ]
         rows.append((session, event))
-    newest = {(e["event"], e["step"]): n for n, e in rows}
-    return [e for n, e in rows if newest[e["event"], e["step"]] == n]
+    newest = {_identity(e): n for n, e in rows}
+    return [e for n, e in rows if newest[_identity(e)] == n]
+
+
+def _identity(event: Event) -> tuple[Any, ...]:
+    """What an event that is written again replaces: each spike at a step is another."""
+    return event["event"], event["step"], event.get("report"), event.get("skipped_rows")
 
 
 def _metrics_file(run: Path | str) -> Path:
