@@ -186,6 +186,32 @@ def test_bad_input_gets_one_line_and_the_right_code(run, here, capsys, words, co
     assert not out
 
 
+def test_an_option_with_an_optional_value_does_not_swallow_the_next_option(
+    run, here, capsys, monkeypatch, tmp_path
+):
+    """`--hellaswag --limit 5` once looked for a file called --limit; offline it cannot download."""
+
+    def unreachable(*args, **kwargs):
+        raise OSError("no network here")
+
+    monkeypatch.setattr("urllib.request.urlopen", unreachable)
+    monkeypatch.setenv("OCTAVO_CACHE", str(tmp_path))
+    assert called("eval", "runs/sea", "--hellaswag", "--limit", "5") == 6
+    assert "no network here" in capsys.readouterr().err
+
+
+def test_lengths_in_a_table_and_as_json(run, here, capsys):
+    assert called("eval", "runs/sea", "--lengths", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    row = found["perplexity"]["as trained"]
+    assert next(iter(row)) == "16"  # its context
+    assert called("eval", "runs/sea", "--lengths") == 0
+    first, header, plain, *_ = capsys.readouterr().out.splitlines()
+    assert f"{found['tokens']:,} tokens" in first
+    assert header.split() == list(row)
+    assert plain.split() == ["as", "trained"] + [f"{value:.4g}" for value in row.values()]
+
+
 def test_extremes_of_sampling_are_no_errors(run, here, capsys):
     words = ["generate", "runs/sea", "--prompt", "She", "--max-new-tokens", "5"]
     assert called(*words, "--temperature", "0") == 0

@@ -24,20 +24,34 @@ octavo: a small, well-bound GPT
 
 usage: octavo COMMAND ...        octavo COMMAND --help        octavo --version
 
-  train     CONFIG.yaml | TEXT... | RUN   learn from a text, or go on with a run
-  generate  RUN --prompt TEXT             let a model write
-  eval      RUN                           how surprised is it by a text; HellaSwag and other tasks
-  plan      CONFIG.yaml | TEXT...         what a run will cost, before it begins
-  data      prepare | inspect | verify    texts too large for memory become shards of tokens
-  finetune  RUN TEXT...                   teach a model something more, with adapters or whole
-  merge     RUN --out RUN                 one plain model of a base and its adapter
-  grow      RUN --out RUN                 a larger model that computes the same, to train on
-  quantize  RUN --to int8|int4|auto       smaller weights that write faster, with their price
-  import    SOURCE RUN                    a model from Hugging Face or nanoGPT becomes a run
-  export    RUN --to hf|gguf|peft PATH    a run leaves for transformers, llama.cpp or PEFT
-  compare   RUN RUN                       which is better, and whether the evidence can tell
-  ablate    CONFIG.yaml | TEXT...         a small fair study: what does each choice bring
+learn
+  data        prepare | inspect | verify  texts too large for memory become shards of tokens
+  plan        CONFIG.yaml | TEXT...       what a run will cost, before it begins
+  train       CONFIG.yaml | TEXT... | RUN learn from a text, or go on with a run
+  finetune    RUN TEXT...                 teach a model something more, with adapters or whole
+  report      RUN...                      curves and samples of a run, or of several, on one page
+  doctor      [RUN]                       what is slow or wrong, and the one thing to do
+write
+  generate    RUN --prompt TEXT           let a model write
+  serve       RUN...                      behind OpenAI's API, for whatever speaks it
+judge
+  eval        RUN                         how surprised is it by a text; HellaSwag and other tasks
+  compare     RUN RUN                     which is better, and whether the evidence can tell
+  ablate      CONFIG.yaml | TEXT...       a small fair study: what does each choice bring
   verify-resume  CONFIG.yaml | TEXT...    proof that a killed run ends as if it never was
+see inside
+  explain     RUN --text TEXT             every token: how probable, what else, who looked where
+  attention   RUN --text TEXT --out PNG   what each head looks at, as a picture
+  profile     RUN | CONFIG.yaml           where the time goes
+  diff        RUN RUN                     settings and weights of two models, side by side
+  compress    RUN FILE OUT                a file as the model's surprises; beside gzip, xz, zstd
+  decompress  RUN FILE OUT                and back, byte for byte
+change, bring in, take out
+  quantize    RUN --to int8|int4|auto     smaller weights that write faster, with their price
+  merge       RUN --out RUN               one plain model of a base and its adapter
+  grow        RUN --out RUN               a larger model that computes the same, to train on
+  import      SOURCE RUN                  a model from Hugging Face or nanoGPT becomes a run
+  export      RUN --to hf|gguf|peft PATH  a run leaves for transformers, llama.cpp or PEFT
 
 begin with
   octavo train my.txt                     a model of your own text, in runs/my
@@ -46,7 +60,7 @@ begin with
 A RUN is a directory that train writes: configuration, tokenizer, checkpoints, metrics, report.html.
 Any setting can follow as section.name=value, e.g. train.max_steps=500 (see octavo train --help).
 """
-COMMANDS = tuple(re.findall(r"^  ([\w-]+) +(?:[A-Z]|prepare)", HELP, re.MULTILINE))
+COMMANDS = tuple(re.findall(r"^  ([\w-]+) +(?:\[?[A-Z]|prepare)", HELP, re.MULTILINE))
 SETTING = re.compile(r"--[a-z]\w*(\.\w+)+(=.*)?|[a-z]\w*(\.\w+)*=.*", re.DOTALL)
 
 

@@ -2,15 +2,12 @@
 
 import dataclasses
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from octavo.commands.shared import Option, one_run, print_facts
+from octavo.commands.shared import Option, one_run, print_facts, progress
 from octavo.errors import ConfigError
 
 if TYPE_CHECKING:
-    from octavo.evaluating.continuations import Watch
     from octavo.language_model import LanguageModel
 
 WORDS = "RUN"
@@ -121,7 +118,7 @@ def _lengths(lm: "LanguageModel", args: Namespace) -> None:
         tokens = lm.tokenizer.encode_array(read_corpus(args.perplexity).text)
     else:
         tokens = validation_tokens(lm)
-    with _bar("contexts") as watch:
+    with progress("contexts") as watch:
         found = measure_lengths(lm.model, tokens, watch=watch)
     if args.json:
         print_facts(dataclasses.asdict(found), as_json=True)
@@ -144,7 +141,7 @@ def _hellaswag(lm: "LanguageModel", args: Namespace) -> None:
     from octavo.evaluating.hellaswag import read_items, score_hellaswag
 
     items = read_items(args.hellaswag, args.limit or 0)
-    with _bar("HellaSwag") as watch:
+    with progress("HellaSwag") as watch:
         score = score_hellaswag(lm, items, args.protocol or "completion", watch)
     print_facts(score.to_dict() if args.json else score.summary(), args.json)
 
@@ -171,15 +168,3 @@ def _of_labels(lm: "LanguageModel", text: str | None) -> dict[str, Any]:
     f1 = {label: each["f1"] for label, each in labels.items()}
     del figures["confusion"]  # its picture says more: confusion.png in the run
     return {**figures, "f1": f1}
-
-
-@contextmanager
-def _bar(what: str) -> Iterator["Watch"]:
-    """A progress bar with the time left, on a terminal."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(what)
-        yield lambda done, of: progress.update(task, completed=done, total=of)

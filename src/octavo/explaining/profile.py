@@ -1,0 +1,371 @@
+"""Where the time goes: by part, layer and operation, beside what the machine could do.
+
+A training step is taken apart by `tracing`; its times are the tracer's shares of a step without it.
+Ids are random: how long a step takes does not depend on what is read. The native engine is one
+piece to Python: of it are measured the prompt and the writing, against arithmetic and bandwidth.
+"""
+
+import dataclasses
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from octavo.config import Config
+from octavo.errors import ConfigError
+from octavo.explaining.engines import Opened, open_engine
+from octavo.explaining.roofline import (
+    Machine,
+    Work,
+    measure_machine,
+    products,
+    synchronize,
+    training_work,
+)
+from octavo.explaining.tracing import Times, named, trace
+from octavo.generating.choosing import choose_device
+from octavo.generating.sampling import PRESETS
+from octavo.generating.writing import Engine, Slot
+from octavo.language_model import LanguageModel
+from octavo.model.counts import cache_bytes
+from octavo.text.batches import Batches
+from octavo.text.files import counted
+from octavo.training.display import Display
+from octavo.training.learner import Learner, build_learner, choose_precision, optimizer_step
+from octavo.training.task import Task
+
+MOST_PASSES = 4  # micro-batches of a step that are looked at
+WRITE_SECONDS = 1.0  # in which a text is written again and again
+CHUNK = 128  # tokens of a prompt that go through the native engine at once
+NAMES = {
+    "embedding": ("tok_emb", "pos_emb"),
+    "norms": (
+        *("attn_norm", "mlp_norm", "attn_out_norm", "mlp_out_norm"),
+        *("norm_f", "q_norm", "k_norm"),
+    ),
+    "projections": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "attention": ("attn",),
+    "mlp": ("up_proj", "gate_proj", "down_proj"),
+    "activation": ("mlp",),
+    "residual": ("blocks",),
+    "head": ("lm_head",),
+    "loss": ("loss",),
+    "optimizer": ("optimizer",),
+    "idle": ("idle",),
+}
+"""The modules of each part. A module's own is what the modules in it leave: attn rotates and
+looks, mlp has the nonlinearity, blocks add. What is in none is the rest."""
+PART_OF = {name: part for part, names in NAMES.items() for name in names}
+WHY = {
+    "compute": "is bound by arithmetic",
+    "memory": "is bound by moving numbers",
+    "overhead": "is neither arithmetic nor memory but many small operations",
+}
+HELP = {
+    ("train", "compute"): "fewer bits (train.precision=bf16) or a smaller model would help, "
+    "larger batches would not",
+    ("train", "memory"): "larger micro-batches or fewer bits would help",
+    ("train", "overhead"): "larger micro-batches or train.compile=true would help",
+    ("generate", "compute"): "a smaller model would help",
+    ("generate", "memory"): "fewer bits (octavo quantize) or several texts at once would help",
+    ("generate", "overhead"): "several texts at once would help",
+}
+Watch = Callable[[int, int], object]
+"""Told how many of how many steps are done."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A part: its seconds in a step, what it does in them, and what holds it up."""
+
+    part: str
+    forward: float
+    backward: float
+    share: float
+    """Of the step; the rows' sum to 1."""
+    flops: float
+    bytes: float
+    bound: str
+    """compute, memory or overhead, see `Machine.bound`."""
+    of_roof: float
+    """The least seconds that the machine allows over those taken."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What `profile_training` or `profile_writing` found."""
+
+    what: str
+    """train or generate."""
+    where: str
+    """Device or engine, and threads."""
+    seconds: float
+    """Of a step: of an optimizer step, or of a prompt and what is written after it."""
+    tokens: int
+    """Of a step."""
+    machine: Machine
+    memory_bytes: int
+    """At the highest, above what the process had before the model."""
+    rows: list[Row]
+    layers: dict[str, float] = field(default_factory=dict)
+    """Seconds of each block in a step."""
+    operations: dict[str, float] = field(default_factory=dict)
+    """Seconds of each of PyTorch's operations in a step, the longest first."""
+    writing: dict[str, float] = field(default_factory=dict)
+    """Of writing: tokens a second of the prompt and after it, and the bytes that a token reads."""
+    remarks: list[str] = field(default_factory=list)
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of a step, as `octavo.model.counts` counts them."""
+        return sum(row.flops for row in self.rows)
+
+    @property
+    def conclusion(self) -> str:
+        """What holds it up, where, and what would help: one sentence."""
+        shares = {bound: sum(r.share for r in self.rows if r.bound == bound) for bound in WHY}
+        bound, share = max(shares.items(), key=lambda item: item[1])
+        most = max((row for row in self.rows if row.bound == bound), key=lambda row: row.share)
+        return (
+            f"{share:.0%} of the time {WHY[bound]}, most of it in {most.part} ({most.share:.0%}); "
+            f"{HELP[self.what, bound]}."
+        )
+
+
+def profile_training(
+    task: Task, steps: int, path: Path | None = None, watch: Watch = lambda done, of: None
+) -> Profile:
+    """Take ``steps`` optimizer steps as they are and as many under the tracer.
+
+    Only the settings, the batches and the base of ``task`` matter. ``path`` gets a Chrome trace.
+    """
+    config, remarks = _simplified(task.config)
+    device = choose_device(config.train.device)
+    before = _highest_memory(device)
+    learner = build_learner(dataclasses.replace(task, config=config), device, Display(quiet=True))
+    learner.loss = named("loss", learner.loss)
+    done = 0
+
+    def step() -> None:
+        nonlocal done
+        optimizer_step(learner)
+        synchronize(device)
+        watch(done := done + 1, 2 * steps + 1)
+
+    def all_steps() -> None:
+        for _ in range(steps):
+            step()
+
+    step()  # the optimizer's averages are made in the first
+    seconds = statistics.median(_timed(step) for _ in range(steps))
+    memory = _highest_memory(device) - before
+    times = trace(all_steps, learner.model, path)
+    precision = choose_precision(config.train.precision, device)
+    machine = measure_machine(device, precision)
+    x, _ = task.batches.rows(0, config.train.micro_batch_size)  # examples are as long as they are
+    work = _training_work(learner, x.shape, precision.itemsize)
+    return Profile(
+        what="train",
+        where=_where(device),
+        seconds=seconds,
+        tokens=x.size * config.train.grad_accum,
+        machine=machine,
+        memory_bytes=memory,
+        remarks=remarks,
+        **_taken_apart(times, steps, seconds, work, machine),
+    )
+
+
+def _training_work(learner: Learner, shape: tuple[int, int], number: int) -> dict[str, Work]:
+    """Work by part of a step on micro-batches (B, T), whose products read ``number`` bytes each."""
+    config = learner.task.config
+    adapters = config.lora.rank or config.finetune.head_only
+    trained = sum(p.numel() for p in learner.model.parameters() if p.requires_grad)
+    times = 2 if adapters else 3
+    return training_work(config.model, shape, config.train.grad_accum, trained, times, number)
+
+
+def random_task(config: Config) -> Task:
+    """The training of a model whose text is not needed: its ids are drawn."""
+    size = config.train.batch_size * config.model.block_size + 1
+    ids = np.random.default_rng(0).integers(0, config.model.vocab_size, size)
+    batches = Batches(ids, config.model.block_size, config.train.seed, "random")
+    return Task(config, None, batches, None, {}, {})
+
+
+def profile_writing(lm: LanguageModel, tokens: int, path: Path | None = None) -> Profile:
+    """Write ``tokens`` tokens after half a context, again and again for a second.
+
+    PyTorch's engine is taken apart; the native one is not, so that a trace of it is a
+    `ConfigError`.
+    """
+    device = choose_device(lm.device if lm.run else "auto")
+    before = _highest_memory(device)
+    opened = open_engine(lm)
+    if opened.native and path is not None:
+        raise ConfigError(
+            "the native engine is one piece, without a trace",
+            fix="OCTAVO_ENGINE=torch octavo profile RUN --what generate --trace FILE.json",
+        )
+    half = max(1, lm.config.block_size // 2)
+    writer = _Writer(opened.engine, lm.config.vocab_size, half, min(tokens, half))
+    prompt, writing = writer.measure()
+    memory = _highest_memory(device) - before
+    machine = measure_machine(device)
+    moved = _decoding_work(lm, opened, half, writer.tokens)
+    shared = dict(
+        what="generate",
+        where=f"{' '.join(opened.name.split()[:2])}, {counted(opened.threads, 'thread')}",
+        machine=machine,
+        memory_bytes=memory,
+        writing={
+            "prompt_tokens_per_s": half / prompt,
+            "tokens_per_s": writer.tokens / writing,
+            "bytes_per_token": _sum(moved).bytes / writer.tokens,
+        },
+    )
+    if opened.native:
+        passes = -(-half // CHUNK)
+        read = _sum(products(lm.config, half, passes, half))
+        rows = [
+            _row("prompt", prompt, 0.0, prompt + writing, read, machine),
+            _row("writing", writing, 0.0, prompt + writing, _sum(moved), machine),
+        ]
+        return Profile(seconds=prompt + writing, tokens=half + writer.tokens, rows=rows, **shared)
+    writer.read()
+    times = trace(writer.write, lm.model, path)
+    parts = _taken_apart(times, 1, writing, moved, machine)
+    return Profile(seconds=writing, tokens=writer.tokens, **parts, **shared)
+
+
+class _Writer:
+    """A text written again and again: a prompt is read, then tokens follow."""
+
+    def __init__(self, engine: Engine, vocab: int, prompt: int, tokens: int) -> None:
+        self.engine, self.tokens = engine, tokens
+        self.prompt = np.random.default_rng(0).integers(0, vocab, prompt).tolist()
+        self.slot = self._new()
+
+    def _new(self) -> Slot:
+        return Slot(0, list(self.prompt), 0, PRESETS["greedy"], len(self.prompt))
+
+    def read(self) -> None:
+        """Read the prompt anew; its first token is drawn with it."""
+        self.engine.release(0)
+        self.slot = self._new()
+        self.slot.ids += self.engine.step([self.slot])[0]
+
+    def write(self) -> None:
+        """Write the tokens."""
+        end = len(self.slot.ids) + self.tokens
+        while (left := end - len(self.slot.ids)) > 0:
+            self.slot.ids += self.engine.step([self.slot], left)[0]
+
+    def measure(self) -> tuple[float, float]:
+        """Seconds of each, the medians over a second or so."""
+        self.read()
+        self.write()
+        pairs, end = [], time.perf_counter() + WRITE_SECONDS
+        while not pairs or time.perf_counter() < end:
+            pairs.append((_timed(self.read), _timed(self.write)))
+        prompt, writing = (statistics.median(seconds) for seconds in zip(*pairs, strict=True))
+        return prompt, writing
+
+
+def _decoding_work(lm: LanguageModel, opened: Opened, prompt: int, tokens: int) -> dict[str, Work]:
+    """Work by part of writing token by token: each reads all weights, and what it looks back at."""
+    length = prompt + tokens // 2
+    work = products(lm.config, tokens, tokens, length, keys_read=length)
+    unread = ("tok_emb", "pos_emb")  # one row of them; a tied head goes by its own name
+    sizes = {"attention": cache_bytes(lm.config, length, bytes_a_number=2 if lm.weights else 4)}
+    for name, array in opened.weights:
+        if not name.startswith(unread):
+            part = _part_of(name)
+            sizes[part] = sizes.get(part, 0) + array.nbytes
+    flops = {part: one.flops for part, one in work.items()}
+    return {part: Work(flops.get(part, 0), tokens * size) for part, size in sizes.items()}
+
+
+def _taken_apart(
+    times: Times, steps: int, seconds: float, work: Mapping[str, Work], machine: Machine
+) -> dict[str, Any]:
+    """Rows, layers and operations of a step that takes so many seconds.
+
+    What a GPU's kernels leave of it is idle; without one nothing is left.
+    """
+    traced = sum(times.modules.values()) / steps
+    on_gpu = machine.device != "cpu"
+    scale = (min(1.0, seconds / traced) if on_gpu else seconds / traced) / steps
+    rows = {part: {"forward": 0.0, "backward": 0.0} for part in [*NAMES, "rest"]}
+    layers: dict[str, float] = {}
+    for (module, phase), spent in times.modules.items():
+        rows[_part_of(module)][phase] += scale * spent
+        if module.startswith("blocks."):
+            layer = ".".join(module.split(".")[:2])
+            layers[layer] = layers.get(layer, 0.0) + scale * spent
+    rows["idle"]["forward"] = max(seconds - scale * steps * traced, 0.0) if on_gpu else 0.0
+    rows = [
+        _row(part, spent["forward"], spent["backward"], seconds, work.get(part, Work()), machine)
+        for part, spent in rows.items()
+        if any(spent.values())
+    ]
+    longest = sorted(times.operations.items(), key=lambda item: -item[1])
+    operations = {name: scale * spent for name, spent in longest}
+    return {"rows": rows, "layers": dict(layers), "operations": operations}
+
+
+def _row(
+    part: str, forward: float, backward: float, step: float, work: Work, machine: Machine
+) -> Row:
+    seconds = forward + backward
+    bound, of_roof = machine.bound(work, seconds), machine.seconds(work) / seconds
+    return Row(part, forward, backward, seconds / step, work.flops, work.bytes, bound, of_roof)
+
+
+def _part_of(module: str) -> str:
+    """By the last name in its path that is known; adapters lie below the module they adapt."""
+    known = (PART_OF[name] for name in reversed(module.split(".")) if name in PART_OF)
+    return next(known, "rest")
+
+
+def _sum(parts: Mapping[str, Work]) -> Work:
+    return Work(sum(w.flops for w in parts.values()), sum(w.bytes for w in parts.values()))
+
+
+def _simplified(config: Config) -> tuple[Config, list[str]]:
+    """The settings without what hides the modules or only repeats, and what was changed."""
+    train, remarks = config.train, []
+    if train.compile is True:
+        remarks.append("without torch.compile, which leaves no modules to tell apart")
+    if train.grad_accum > MOST_PASSES:
+        remarks.append(f"{MOST_PASSES} of a step's {train.grad_accum} micro-batches")
+    passes = min(train.grad_accum, MOST_PASSES)
+    train = dataclasses.replace(train, compile=False, grad_accum=passes)
+    return dataclasses.replace(config, train=train), remarks
+
+
+def _where(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {counted(torch.get_num_threads(), 'thread')}"
+
+
+def _highest_memory(device: torch.device) -> int:
+    """Bytes at the highest so far: the allocator's on a GPU, else the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _timed(what: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    what()
+    return time.perf_counter() - start
