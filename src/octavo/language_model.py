@@ -24,7 +24,8 @@ from octavo.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from octavo.adapting.classify import Prediction
     from octavo.evaluating.perplexity import Score
-    from octavo.generating.native import NativeModel
+    from octavo.generating.engine import TorchEngine
+    from octavo.generating.native import NativeEngine, NativeModel
     from octavo.model.gpt import GPT
 
 LARGEST_BATCH = 16  # rows written side by side
@@ -299,14 +300,18 @@ class LanguageModel:
 
     def _engine(self, rows: int) -> Engine:
         """What writes so many rows, with drafts where they were chosen."""
-        engine = self._plain_engine(rows)
+        slots = min(rows, LARGEST_BATCH)
+        engine = self.open_engine(slots)
         if self.pace is None:
             return engine
-        draft = ModelDrafter(self.draft._plain_engine(rows)) if self.draft else LookupDrafter()
+        draft = ModelDrafter(self.draft.open_engine(slots)) if self.draft else LookupDrafter()
         return SpeculativeEngine(engine, draft, self.config.block_size, self.pace)
 
-    def _plain_engine(self, rows: int) -> Engine:
-        slots = min(rows, LARGEST_BATCH)
+    def open_engine(self, slots: int) -> "NativeEngine | TorchEngine":
+        """An engine of its own that writes so many rows at once, without drafts.
+
+        Raises `ConfigError` for a model that sorts texts.
+        """
         vocab = self._tokenizer.vocab_size if self._tokenizer else self.config.vocab_size
         changeable = "model" in vars(self) and self.engine == "auto" and not self.weights
         if not changeable and self._native is not None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from octavo.errors import ConfigError
+from octavo.errors import ConfigError, NonFiniteError
 from octavo.generating.sampling import pick, top_logprobs
 from octavo.generating.static import Record, StaticStep, cuda_graph, flash_attention
 from octavo.generating.writing import Slot, window_start
@@ -67,6 +67,11 @@ class TorchEngine:
         """Forget what the cache holds for this slot."""
         self.cache.truncate(index, 0)
 
+    def share(self, source: int, target: int, count: int) -> None:
+        """Let slot ``target`` hold the first ``count`` ids that ``source`` holds; reads nothing."""
+        self.cache.copy(source, target, count)
+        self.starts[target] = self.starts[source]
+
     def _usable_draft(self, slot: Slot, most: int) -> list[int]:
         """The part of a draft that may be returned and ends before the window does."""
         start = window_start(len(slot.ids), self.model.config.block_size)
@@ -78,10 +83,16 @@ class TorchEngine:
 
         ``logits`` is (1 + draft, V): after what is written and after each id of the draft.
         """
-        ids, slot.top = list(slot.ids), []
+        ids, slot.top, slot.logits = list(slot.ids), [], []
         for row, guess in zip(logits, [*draft, None], strict=True):
-            token = pick(row, ids, slot.sampling, slot.n, len(ids), slot.prompt_length)
+            try:
+                token = pick(row, ids, slot.sampling, slot.n, len(ids), slot.prompt_length)
+            except NonFiniteError:  # NaN among its keys would reach other rows: 0 x NaN is NaN
+                self.cache.erase(slot.index)
+                raise
             slot.top.append(top_logprobs(row, slot.logprobs, token) if slot.logprobs else [])
+            if slot.keep_logits:
+                slot.logits.append(row)
             ids.append(token)
             if token != guess or token == slot.eot:
                 break

@@ -65,6 +65,7 @@ struct Request {
     int32_t made;
     int32_t *out, *top_counts, *top_ids;  // top_counts[i] pairs for out[i], logprobs + 1 places each
     double* top_logprobs;
+    float* logits;  // what each of out was drawn from, vocab numbers each; or null
 };
 
 enum Result : int32_t { DONE = 0, UNFINISHED = 1, CANCELLED = 2, BAD_ID = 3, NOT_FINITE = 4, NO_MEMORY = 5 };
@@ -136,6 +137,22 @@ public:
     int64_t detail = 0;  // of the last failure
 
     void release(int index) { slots_[index].ids.clear(); }
+
+    // Let the slot `to` hold the first `count` ids that `from` holds, fewer if it holds no more; they
+    // may be one.
+    void pass_on(int from, int to, int64_t count) {
+        Slot &source = slots_[from], &target = slots_[to];
+        count = std::min<int64_t>(count, source.ids.size());
+        if (from != to) {
+            reserve(target, count);
+            int64_t theirs = head_bytes(source.capacity), ours = head_bytes(target.capacity);
+            for (int64_t part = 0; part < int64_t{2} * m_.n_layer * m_.n_kv_head; part++)
+                std::memcpy(target.memory.get() + part * ours, source.memory.get() + part * theirs,
+                            head_bytes(round_up(count, PANEL)));
+            target.ids = source.ids;
+        }
+        target.ids.resize(count);
+    }
 
     // Draw the next ids of each request, at most `most` of each; see Engine.step in writing.py.
     Result step(Request* requests, int count, int most, double seconds) {
@@ -582,6 +599,7 @@ private:
             const float* logits = &logits_[int64_t{run.row + i} * s_.vocab];
             int32_t token = sampler.pick(logits, s_.vocab, text, r.sampling, r.n, r.prompt_length);
             int64_t at = int64_t{r.made} * (r.logprobs + 1);
+            if (r.logits) std::copy_n(logits, s_.vocab, r.logits + int64_t{r.made} * s_.vocab);
             r.top_counts[r.made] = r.logprobs ? sampler.top_logprobs(logits, s_.vocab, r.logprobs, token,
                                                                      r.top_ids + at, r.top_logprobs + at) : 0;
             r.out[r.made++] = token;
@@ -639,6 +657,13 @@ OCTAVO_EXPORT int32_t octavo_logits(octavo::Engine* engine, const int32_t* ids, 
 }
 
 OCTAVO_EXPORT void octavo_release(octavo::Engine* engine, int32_t index) { engine->release(index); }
+
+OCTAVO_EXPORT int32_t octavo_share(octavo::Engine* engine, int32_t from, int32_t to, int32_t count) {
+    return octavo::guarded(engine, [&] {
+        engine->pass_on(from, to, count);
+        return octavo::DONE;
+    });
+}
 
 OCTAVO_EXPORT int64_t octavo_detail(const octavo::Engine* engine) { return engine->detail; }
 

@@ -198,12 +198,21 @@ class NativeEngine:
             self._cancelled.value = 0
         for slot, request, room in zip(slots, requests, rooms, strict=True):
             slot.top = room.top(request.made, request.logprobs + 1)
+            slot.logits = [] if room.logits is None else list(room.logits[: request.made])
         return [room.out[: r.made].tolist() for r, room in zip(requests, rooms, strict=True)]
 
     def release(self, index: int) -> None:
         """Forget what the cache holds for this slot."""
         with self._lock:
             self._library.octavo_release(self._engine, index)
+
+    def share(self, source: int, target: int, count: int) -> None:
+        """Let slot ``target`` hold the first ``count`` ids that ``source`` holds; reads nothing.
+
+        Raises `ResourceError` where they would not fit into memory.
+        """
+        with self._lock:
+            self._check(self._library.octavo_share(self._engine, source, target, count))
 
     def cancel(self) -> None:
         """From another thread: end the step in progress, or the next, before its next layer."""
@@ -231,8 +240,12 @@ class NativeEngine:
         for name in c.SAMPLING:
             setattr(request.sampling, name, getattr(slot.sampling, name))
         room = _Room(self._ids(slot.ids), self._ids(slot.draft), most, request.logprobs + 1)
+        if slot.keep_logits:
+            room.logits = np.empty((most, self.vocab), np.float32)
         request.count, request.draft_count = len(room.ids), len(room.draft)
         for name, values in vars(room).items():
+            if values is None:
+                continue
             address = (
                 values.ctypes.data if isinstance(values, np.ndarray) else values.buffer_info()[0]
             )
@@ -279,6 +292,7 @@ class _Room:
         self.out, self.top_counts = np.zeros(most, np.int32), np.zeros(most, np.int32)
         self.top_ids = np.zeros((most, pairs), np.int32)
         self.top_logprobs = np.zeros((most, pairs))
+        self.logits: np.ndarray | None = None  # (most, V), where they are wanted
 
     def top(self, made: int, pairs: int) -> list[list[tuple[int, float]]]:
         """`Slot.top` of the ids made."""

@@ -99,7 +99,7 @@ class Request(ctypes.Structure):
         *((name, c_void_p) for name in ("ids", "draft")),
         ("sampling", Sampling),
         ("made", c_int32),
-        *((name, c_void_p) for name in ("out", "top_counts", "top_ids", "top_logprobs")),
+        *((name, c_void_p) for name in ("out", "top_counts", "top_ids", "top_logprobs", "logits")),
     ]
 
 
@@ -111,6 +111,7 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
         "octavo_step": (c_int32, c_void_p, c_void_p, c_int32, c_int32, c_double),
         "octavo_logits": (c_int32, c_void_p, c_void_p, c_int32, c_void_p),
         "octavo_release": (None, c_void_p, c_int32),
+        "octavo_share": (c_int32, c_void_p, c_int32, c_int32, c_int32),
         "octavo_detail": (c_int64, c_void_p),
         "octavo_pick": (
             c_int32, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_int64,

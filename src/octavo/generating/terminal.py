@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 
@@ -30,30 +30,46 @@ def write_out(
 
 def talk(lm: Any, options: Mapping[str, Any]) -> None:
     """Read prompts and write on from each until end of input; Ctrl-C stops a text, not the talk."""
+    lm.make_ready()
+    for prompt in typed("write a prompt and press Enter; Ctrl-C stops a text, Ctrl-D ends"):
+        if prompt:
+            flow(lm.stream(prompt, **options))
+
+
+def typed(greeting: str) -> Iterator[str]:
+    """The lines of standard input until its end; a person is greeted and asked for each.
+
+    Lines can be edited and called back where there is readline; Ctrl-C begins a new one.
+    """
     import contextlib
 
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - its import gives `input` editing and history
     watched = sys.stdin.isatty()
-    lm.make_ready()
     if watched:
-        print("write a prompt and press Enter; Ctrl-C stops a text, Ctrl-D ends")
+        print(greeting)
     while True:
         try:
-            prompt = input("> " if watched else "")
+            line = input("> " if watched else "")
         except EOFError:
             print() if watched else None
             return
         except KeyboardInterrupt:
             print()
             continue
-        if not prompt:
-            continue
-        try:
-            for piece in lm.stream(prompt, **options):
-                print(piece, end="", flush=True)
-        except KeyboardInterrupt:
-            print(" [stopped]", end="")
-        except ValueError as error:  # an unseen character, say: the talk goes on
-            print(f"error: {error}", end="")
-        print(flush=True)
+        yield line
+
+
+def flow(pieces: Iterable[str]) -> str:
+    """Print a text as it is written and return it; Ctrl-C stops it and not the program."""
+    shown = []
+    try:
+        for piece in pieces:
+            shown.append(piece)
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        print(" [stopped]", end="")
+    except ValueError as error:  # an unseen character, say: the talk goes on
+        print(f"error: {error}", end="")
+    print(flush=True)
+    return "".join(shown)

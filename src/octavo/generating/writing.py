@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Literal, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from octavo.errors import ConfigError
 from octavo.generating.sampling import Sampling
 from octavo.text.tokenizer import Decoder, Tokenizer
@@ -51,6 +54,10 @@ class Slot:
     top: list[list[tuple[int, float]]] = field(default_factory=list)
     """For each id the last step returned its (id, log-probability) pairs, best first and the drawn
     one among them; an empty list for each where logprobs is 0."""
+    keep_logits: bool = False
+    """Whether to report in logits what each id was drawn from."""
+    logits: list[NDArray[np.float32]] = field(default_factory=list)
+    """For each id the last step returned the model's logits (V,); empty unless they were wanted."""
 
 
 class Engine(Protocol):
@@ -68,7 +75,7 @@ class Engine(Protocol):
         not accepted. What lies beyond ``most``, the slot's ``left`` or the end of the window is
         left out of a draft. A slot gets fewer ids at its end-of-text, after ``left`` of them, and
         when the engine's slice of time is over (about 25 ms, so that text flows and whoever waits
-        can stop it). Every slot's ``top`` is set.
+        can stop it). Every slot's ``top`` and ``logits`` are set.
         """
         ...
 
@@ -122,7 +129,7 @@ def write(
     ]
     if not max_new_tokens:
         return iter([Piece(row, "", finished="length") for row in range(len(copies))])
-    rows = [_Row(i, slot, tokenizer, stops) for i, slot in enumerate(copies)]
+    rows = [Row(i, slot, tokenizer, stops) for i, slot in enumerate(copies)]
     return _drive(engine, rows)
 
 
@@ -166,8 +173,11 @@ def split_at_stop(text: str, stops: Sequence[str]) -> tuple[str, str, bool]:
     return text[:border], text[border:], False
 
 
-class _Row:
-    """One row's text so far: what was decoded, what waits."""
+class Row:
+    """One row's text so far: what was decoded, what waits.
+
+    Its number ``row`` is in every `Piece`; ``stops`` are the stop strings.
+    """
 
     def __init__(self, row: int, slot: Slot, tokenizer: Tokenizer | None, stops: list[str]) -> None:
         self.row, self.slot, self.stops = row, slot, stops
@@ -193,13 +203,13 @@ class _Row:
         return Piece(self.row, text, token, finished, tuple(top))
 
 
-def _drive(engine: Engine, rows: list[_Row]) -> Iterator[Piece]:
+def _drive(engine: Engine, rows: list[Row]) -> Iterator[Piece]:
     """Step all rows that have a slot; a row that ends leaves its slot to the next that waits.
 
     What an engine wrote past the token that ended its row, at a stop string, is thrown away.
     """
     waiting, free = deque(rows), deque(range(engine.slots))
-    active: list[_Row] = []
+    active: list[Row] = []
     try:
         while waiting or active:
             while waiting and free:
