@@ -24,6 +24,7 @@ from work import aloud, failing, run
 
 from octavo.checkpoint import Run
 
+TIMES = int(os.environ.get("OCTAVO_FAULTS", "1"))  # `make faults` asks for more
 LONG = ("train.max_steps=100000", "eval.every=0", "checkpoint.every=1000")
 
 
@@ -104,13 +105,15 @@ def test_a_rank_killed_in_a_save_loses_nothing(texts, tmp_path, parallel, point)
 
 
 @pytest.mark.long
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(300 * TIMES)
 def test_ranks_killed_at_random_lose_nothing(texts, tmp_path):
     """A rank killed ten times in steps and saves: the end is as if undisturbed, bit for bit."""
-    settings = config(texts, "train.max_steps=40", "checkpoint.every=1", "model.dropout=0.1")
+    settings = config(
+        texts, f"train.max_steps={30 * TIMES + 10}", "checkpoint.every=1", "model.dropout=0.1"
+    )
     together(tmp_path, 2, run, settings, tmp_path / "whole")
     draw, out = random.Random(1337), tmp_path / "run"
-    for trial in range(10):
+    for trial in range(10 * TIMES):
         crew = Crew(tmp_path, 2, run, settings, out, trial > 0)
         wait_for_step(out, 3 * trial + 3)
         time.sleep(draw.uniform(0, 0.05))
