@@ -16,4 +16,4 @@ echo "torch==2.13.0" > "$tmp/torch.txt"
 {
     echo "# What octavo is tested with; scripts/pin.sh writes it. pyproject.toml allows more."
     grep -vE "^(nvidia|cuda|triton)" "$tmp/pins.txt" | grep -v "== 'emscripten'"
-} | sed -E "s/ ; sys_platform != 'emscripten'//" > constraints.txt
+} | sed -E "s/ ; sys_platform != 'emscripten'$//; s/sys_platform != 'emscripten' and //" > constraints.txt
