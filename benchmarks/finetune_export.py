@@ -49,7 +49,7 @@ def journey(run: str, text: str, folder: Path, steps: int, llama: str | None) ->
     before = octavo("eval", run, "--perplexity", str(unseen), "--json")
     octavo("finetune", run, text, "--out", tuned, "--quiet", "optim.lr=3e-3", *settings)
     after = octavo("eval", tuned, "--perplexity", str(unseen), "--json")
-    parameters = octavo("plan", run, "--json")["parameters_total"]
+    parameters = octavo("plan", run, "--no-probe", "--json")["parameters_total"]
     trained = trainable_parameters(load(tuned).model)
     peft = octavo("export", tuned, "--to", "peft", str(folder / "peft"), "--json")
     back = octavo("import", str(folder / "peft"), str(folder / "b"), "--base", run, "--json")

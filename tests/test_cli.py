@@ -107,7 +107,7 @@ def test_the_seed_projects_flags_are_understood(run, here, capsys):
 
 
 def test_plan_counts_what_the_model_has(here, capsys):
-    assert called("plan", "sea.txt", *SMALL, "--json") == 0
+    assert called("plan", "sea.txt", *SMALL, "--no-probe", "--json") == 0
     plan = json.loads(capsys.readouterr().out)
     config = octavo.ModelConfig(
         vocab_size=len(set(TEXT)), block_size=16, n_layer=1, n_head=2, d_model=16

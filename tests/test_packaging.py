@@ -82,7 +82,9 @@ def test_the_installed_command_answers_anywhere(installed: Path, tmp_path: Path)
 
 def test_a_recipe_is_found_by_its_name_from_the_wheel(installed: Path, tmp_path: Path):
     """In the repository the recipes lie in configs/; installed, they must come with the package."""
-    assert "parameters" in run(tmp_path, installed / "octavo", "plan", "quickstart.yaml")
+    assert "parameters" in run(
+        tmp_path, installed / "octavo", "plan", "quickstart.yaml", "--no-probe"
+    )
 
 
 def test_the_wheel_carries_the_native_engine(dist: Path, installed: Path, tmp_path: Path):
