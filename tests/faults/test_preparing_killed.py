@@ -98,12 +98,15 @@ draw, killed = random.Random(1337), 0
 started = time.monotonic()
 ended(attempt("timed"))
 whole = time.monotonic() - started
-for trial in range(8):
+for trial in range(40):
+    if trial >= 8 and killed >= 4:
+        break
     while True:
-        pid = attempt(f"random{trial}")
+        started, pid = time.monotonic(), attempt(f"random{trial}")
         time.sleep(draw.uniform(0, 0.8 * whole))
         os.kill(pid, signal.SIGKILL)
-        if ended(pid) == 0:
+        if ended(pid) == 0:  # done before the kill: the machine was slower when it was timed
+            whole = min(whole, time.monotonic() - started)
             break
         killed += 1
         if draw.random() < 0.3:  # sometimes it is let through
