@@ -30,20 +30,25 @@ def is_block_matrix(name: str, parameter: Tensor) -> bool:
     return "blocks." in name and name.endswith("_proj.weight") and parameter.dim() == 2
 
 
-def orthogonalize(matrices: Tensor) -> Tensor:
+def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Matrices (N, R, C) with their singular values moved towards 1, directions kept.
 
-    Five matrix polynomials instead of an SVD; they act from the shorter side. Runs in bfloat16 on
-    GPUs, which is precise enough for a direction, and in fp32 elsewhere.
+    Five matrix polynomials instead of an SVD; they act from the shorter side, in ``dtype``.
     """
-    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    x = matrices.to(dtype)
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * SAFETY).clamp_min(1e-30)
     for a, b, c in POLYNOMIALS:
         gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        inner = torch.baddbmm(gram, gram, gram, beta=b / SAFETY**3, alpha=c / SAFETY**5)
+        x = torch.baddbmm(x, inner, x, beta=a / SAFETY)
     return (x.mT if tall else x).to(matrices.dtype)
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether bfloat16, precise enough for a direction, is multiplied faster than fp32 there."""
+    return device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
 
 
 class Muon(torch.optim.AdamW):
@@ -84,7 +89,8 @@ def _update(
     stretch = max(1.0, rows / columns) ** 0.5
     weights: list[Tensor] = list(parameters)
     torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-    steps = list(orthogonalize(directions).unbind())
+    dtype = torch.bfloat16 if multiplies_bf16(directions.device) else torch.float32
+    steps = list(orthogonalize(directions, dtype).unbind())
     torch._foreach_add_(weights, steps, alpha=-group["lr"] * stretch)
     for p in parameters:
         p.grad = None
