@@ -33,7 +33,7 @@ TORCH_FREE = (
     "__init__", "errors", "settings", "disk", "tensors", "manifest", "model_config", "config",
     "text", "checkpoint", "packed", "generating/sampling", "generating/writing",
     "generating/choosing", "generating/native", "generating/speculative", "generating/terminal",
-    "language_model", "cli",
+    "generating/conversation", "language_model", "cli",
 )  # fmt: skip
 FILES = sorted(SOURCE.rglob("*.py"))
 

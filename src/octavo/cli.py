@@ -26,14 +26,15 @@ usage: octavo COMMAND ...        octavo COMMAND --help        octavo --version
 
 learn
   data        prepare | inspect | verify  texts too large for memory become shards of tokens
-  plan        CONFIG.yaml | TEXT...       what a run will cost, before it begins
+  plan        CONFIG.yaml | TEXT... | RUN what a run will cost, before it begins
   train       CONFIG.yaml | TEXT... | RUN learn from a text, or go on with a run
   finetune    RUN TEXT...                 teach a model something more, with adapters or whole
   report      RUN...                      curves and samples of a run, or of several, on one page
   doctor      [RUN]                       what is slow or wrong, and the one thing to do
 write
   generate    RUN --prompt TEXT           let a model write
-  serve       RUN...                      behind OpenAI's API, for whatever speaks it
+  chat        RUN                         talk with a model
+  serve       RUN...                      behind OpenAI's API, and on a page in the browser
 judge
   eval        RUN                         how surprised is it by a text; HellaSwag and other tasks
   compare     RUN RUN                     which is better, and whether the evidence can tell

@@ -2,6 +2,7 @@
 
 import sys
 from argparse import Namespace
+from typing import Any
 
 from octavo.commands.shared import Option, one_run
 
@@ -39,13 +40,7 @@ SAMPLING: dict[str, tuple[type, str]] = {
 def add_options(option: Option) -> None:
     """What may be typed besides the words."""
     option("--prompt", metavar="TEXT", help="what to write on from; default: begin a new text")
-    option("--max-new-tokens", "--max-tokens", type=int, default=200, metavar="N", help="length")
-    option(
-        "--preset", metavar="P", help="conservative, nucleus or greedy; what follows wins over it"
-    )
-    for name, (kind, meaning) in SAMPLING.items():
-        option("--" + name.replace("_", "-"), type=kind, metavar="X", help=meaning)
-    option("--stop", action="append", default=[], metavar="S", help="end before S; may be repeated")
+    add_writing_options(option)
     option("--n", type=int, default=1, metavar="K", help="write K texts")
     option("--stream", action="store_true", help="print as it is written; a terminal always does")
     option("--interactive", action="store_true", help="prompt after prompt; Ctrl-D ends")
@@ -54,10 +49,27 @@ def add_options(option: Option) -> None:
         metavar="HOW",
         help="what guesses: off, lookup, auto (the run's draft, else lookup) or a smaller RUN",
     )
+    option("--json", action="store_true", help="print one JSON object")
+
+
+def add_writing_options(option: Option) -> None:
+    """How to write, and with which of the run's weights."""
+    option("--max-new-tokens", "--max-tokens", type=int, default=200, metavar="N", help="length")
+    option(
+        "--preset", metavar="P", help="conservative, nucleus or greedy; what follows wins over it"
+    )
+    for name, (kind, meaning) in SAMPLING.items():
+        option("--" + name.replace("_", "-"), type=kind, metavar="X", help=meaning)
+    option("--stop", action="append", default=[], metavar="S", help="end before S; may be repeated")
     option("--weights", metavar="P", help="packed weights: int8, int4, auto or fp16")
     option("--base", metavar="RUN", help="where an adapter's base is, if it was moved")
     option("--device", default="auto", metavar="D", help="cuda, mps, cpu or auto")
-    option("--json", action="store_true", help="print one JSON object")
+
+
+def sampling_given(args: Namespace) -> dict[str, Any]:
+    """The preset and the sampling settings that were named."""
+    named = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+    return {"preset": args.preset, **named}
 
 
 def run(args: Namespace, settings: list[str]) -> None:
@@ -72,11 +84,10 @@ def run(args: Namespace, settings: list[str]) -> None:
         speculate=args.speculate,
         weights=args.weights,
     )
-    sampling = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
-    options = {"max_new_tokens": args.max_new_tokens, "stop": args.stop, "preset": args.preset}
+    how = {"max_new_tokens": args.max_new_tokens, "stop": args.stop, **sampling_given(args)}
     if args.interactive:
-        talk(lm, options | sampling)
+        talk(lm, how)
     else:
-        write_out(lm, args.prompt, args.n, options | sampling, args.stream, args.json)
+        write_out(lm, args.prompt, args.n, how, args.stream, args.json)
     if args.speculate and lm.pace and not args.json:
         print(lm.pace, file=sys.stderr)

@@ -15,6 +15,7 @@ from octavo.errors import ConfigError, ResourceError
 from octavo.generating.sampling import PRESETS, Sampling
 from octavo.generating.terminal import flow, typed
 from octavo.generating.writing import write
+from octavo.settings import nearest
 from octavo.text.chat import ChatTemplate, encode_chat
 
 LENGTH = "max_new_tokens"
@@ -129,24 +130,23 @@ class Conversation:
 
     def _set(self, words: str) -> str:
         """Change one setting; say it, or all."""
-        values = {LENGTH: self.max_new_tokens, **asdict(self.sampling)}
+        values: dict[str, Any] = {LENGTH: self.max_new_tokens, **asdict(self.sampling)}
         name, _, value = words.replace("=", " ", 1).partition(" ")
         name = name.replace("-", "_")
         if name == "preset" and value.strip() in PRESETS:
-            preset = PRESETS[value.strip()]
-            self.sampling = replace(preset, seed=self.sampling.seed)
-            return f"{value.strip()}: temperature {preset.temperature}, top_k {preset.top_k}, " + (
-                f"top_p {preset.top_p}"
-            )
+            self.sampling = replace(PRESETS[value.strip()], seed=self.sampling.seed)
+            return f"preset {value.strip()}"
         if not name:
             return "\n".join(f"{key} {known}" for key, known in values.items())
         if name not in values:
-            known = ", ".join(["preset", *values])
-            raise ConfigError(f"there is no setting {name} {value}".rstrip(), fix=f"known: {known}")
+            guess = nearest(name, ["preset", *values])
+            fix = f"did you mean {guess}?" if guess else "/set shows what there is"
+            raise ConfigError(f"there is no setting {name} {value}".rstrip(), fix=fix)
         try:
             number = type(values[name])(value)
         except ValueError:
-            raise ConfigError(f"{name} takes a number, not {value!r}") from None
+            kind = "a whole number" if isinstance(values[name], int) else "a number"
+            raise ConfigError(f"{name} takes {kind}, not {value!r}") from None
         if name != LENGTH:
             self.sampling = replace(self.sampling, **{name: number})
         elif number < 1:
@@ -164,9 +164,6 @@ class Conversation:
             raise ConfigError(f"{path} is already there", fix="choose another name")
         whole = json.dumps({"messages": self.turns}, ensure_ascii=False)
         text = (whole if self.template else self.text) + "\n"
-        try:
-            write_atomic(path, text.encode("utf-8"))
-        except OSError as error:
-            raise ResourceError(f"cannot write {path}: {error.strerror}") from None
+        write_atomic(path, text.encode("utf-8"))
         self.saved = path
         return f"saved as {path}"
