@@ -18,7 +18,7 @@ test:  ## the tests, a few minutes on two cores
 
 check:  ## what a change must pass: format, lint, types, packaging, the page in a browser, all tests
 	@bash scripts/setup.sh dev
-	@bash scripts/browser.sh
+	@bash scripts/system.sh
 	.venv/bin/ruff format --check
 	.venv/bin/ruff check
 	.venv/bin/pyrefly check
