@@ -22,7 +22,7 @@ check:  ## what a change must pass: format, lint, types, packaging, the page in 
 	.venv/bin/ruff format --check
 	.venv/bin/ruff check
 	.venv/bin/pyrefly check
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m long
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 -m long
 	@$(MAKE) test
 
 faults:  ## only the tests that kill runs, fill disks and flip bits, with many more trials: an hour

@@ -18,6 +18,7 @@ FP32 = 4  # bytes: weights, gradients, averages and everything on the residual s
 VALIDATED = 16_384  # tokens that `score_windows` takes at once
 ROOM = 0.9  # of what is free may be planned with
 MUON_COPIES = 4  # of the largest group of equal matrices, while they are made orthogonal
+BF16_KERNELS = 16_000_000  # bytes of compiled code and buffers, where a CPU multiplies bfloat16
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def training_memory(config: Config, conditions: Conditions) -> Memory:
         optimizer=optimizer,
         activations=activations,
         logits=logits,
-        step=weights + optimizer + max(begin, end, gradients + _updating(config)),
+        step=weights + optimizer + max(begin, end, gradients + _updating(config, conditions)),
         validation=weights + optimizer + validated * scoring,
     )
 
@@ -159,13 +160,17 @@ def _averages(config: Config, trainable: int) -> int:
     return 2 * trainable
 
 
-def _updating(config: Config) -> int:
+def _updating(config: Config, conditions: Conditions) -> int:
     """Bytes that come and go in the update: Muon works on all matrices of one shape together."""
+    from octavo.training.muon import multiplies_bf16
+
     if config.optim.name != "muon":
         return 0
     model = config.model
     widest = model.d_model * model.d_ff * (2 if model.gated else 1)
-    return FP32 * MUON_COPIES * model.n_layer * max(widest, 4 * model.d_model**2)
+    kernels = conditions.device == "cpu" and multiplies_bf16(conditions.device)
+    copies = FP32 * MUON_COPIES * model.n_layer * max(widest, 4 * model.d_model**2)
+    return copies + kernels * BF16_KERNELS
 
 
 def _matrices(model: ModelConfig) -> int:

@@ -46,9 +46,9 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tenso
     return (x.mT if tall else x).to(matrices.dtype)
 
 
-def multiplies_bf16(device: torch.device) -> bool:
+def multiplies_bf16(device: str) -> bool:
     """Whether bfloat16, precise enough for a direction, is multiplied faster than fp32 there."""
-    return device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
+    return device == "cuda" or (device == "cpu" and torch.cpu._is_avx512_bf16_supported())
 
 
 class Muon(torch.optim.AdamW):
@@ -89,7 +89,7 @@ def _update(
     stretch = max(1.0, rows / columns) ** 0.5
     weights: list[Tensor] = list(parameters)
     torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-    dtype = torch.bfloat16 if multiplies_bf16(directions.device) else torch.float32
+    dtype = torch.bfloat16 if multiplies_bf16(directions.device.type) else torch.float32
     steps = list(orthogonalize(directions, dtype).unbind())
     torch._foreach_add_(weights, steps, alpha=-group["lr"] * stretch)
     for p in parameters:
