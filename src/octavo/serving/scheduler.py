@@ -32,6 +32,7 @@ from octavo.serving.metrics import ModelMetrics
 from octavo.serving.refusals import Refusal, closing
 
 CHUNK = 64  # prompt tokens read in one step, at most
+TURN = 128  # new tokens of one step, all rows together: so soon each row's next event comes
 WORTH = 16  # so many tokens that another row is about to read are worth waiting for
 READING = Sampling(temperature=0.0)  # what a step draws in the middle of a prompt is not wanted
 Top = list[tuple[int, float]]
@@ -218,7 +219,8 @@ class Scheduler:
         planned = self._plan()
         slots = [slot for _, slot in planned]
         self.turns += 1
-        most = STRIDE if all(seat.last for seat in self.seats) else 1
+        shared = min(STRIDE, max(TURN // max(len(self.seats), 1), 1))
+        most = shared if all(seat.last for seat in self.seats) else 1
         outcomes = self._step(slots, most) if slots else []
         told: dict[Job, list[Written]] = {}
         for (seat, slot), outcome in zip(planned, outcomes, strict=True):
