@@ -37,9 +37,11 @@ def table(record: dict[str, Any]) -> str:
     for result in record["results"]:
         low, high = figure(result["low"]), figure(result["high"])
         value = f"{figure(result['value'])} {result['unit']}".strip()
-        rows.append(f"| {result['what']} | {value} | {low} to {high} |")
+        between = f"{low} to {high}" if low != high else ""
+        rows.append(f"| {result['what']} | {value} | {between} |")
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    how = f"{record['rounds']} rounds on {record['machine']}, {versions}: `{record['command']}`"
+    rounds = "1 round" if record["rounds"] == 1 else f"{record['rounds']} rounds"
+    how = f"{rounds} on {record['machine']}, {versions}: `{record['command']}`"
     return "\n".join([*rows, "", how, ""])
 
 
