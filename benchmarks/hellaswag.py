@@ -37,15 +37,15 @@ def items_of(file: Path, count: int) -> list[Any]:
 
 def octavo_work(run: Path, file: Path, count: int) -> Work:
     """Our judge."""
-    from octavo.evaluating.hellaswag import score_hellaswag
+    from octavo.evaluating.hellaswag import HellaSwag
     from octavo.language_model import load
 
     lm, items = load(run, device="cpu"), items_of(file, count)
-    score = score_hellaswag(lm, items, "harness")
+    score = HellaSwag(items, lm.tokenizer, "harness").score(lm.model)
     right = np.stack([score.choices_acc == score.labels, score.choices == score.labels], 1)
 
     def again() -> Any:
-        return score_hellaswag(lm, items, "harness").acc_norm
+        return HellaSwag(items, lm.tokenizer, "harness").score(lm.model).acc_norm
 
     return Work((score.logprobs, right), functools.partial(timed, again, len(items)))
 
@@ -63,7 +63,8 @@ def adapted_work(run: Path, file: Path, count: int) -> Work:
     from octavo.evaluating.harness import adapt
     from octavo.language_model import load
 
-    return _lm_eval_work(adapt(load(run, device="cpu")), items_of(file, count))
+    lm = load(run, device="cpu")
+    return _lm_eval_work(adapt(lm.model, lm.tokenizer), items_of(file, count))
 
 
 def _lm_eval_work(model: Any, items: list[Any]) -> Work:

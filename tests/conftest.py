@@ -61,6 +61,13 @@ def cache_dir(
     return directory
 
 
+@pytest.fixture
+def here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a module's tests, gone to."""
+    monkeypatch.chdir(folder)
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def _seeds() -> None:
     """A test that forgets to seed is still the same test tomorrow, and the same alone."""

@@ -1,8 +1,8 @@
 """The server's page as a person has it, in a browser that Selenium drives."""
 
 import json
-import time
 
+from command_kit import wait_until
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
@@ -86,9 +86,4 @@ class Page:
         sent = [e["params"] for e in events if e["method"] == "Network.requestWillBeSent"]
         return [each["request"]["url"] for each in sent]
 
-    @staticmethod
-    def wait(true, seconds=30):
-        deadline = time.monotonic() + seconds
-        while not true():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+    wait = staticmethod(wait_until)

@@ -1,58 +1,23 @@
-"""What the server's tests stand on: tiny runs, and a real server on a real socket in a thread."""
+"""What the server's tests stand on: a real server on a real socket in a thread."""
 
 import asyncio
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
-import numpy as np
 import pytest
 from openai import OpenAI
 
-from octavo.checkpoint import Run
-from octavo.config import Config
-from octavo.generating.native_tables import tensor_shapes
-from octavo.model_config import ModelConfig
 from octavo.serving.app import create_app
 from octavo.serving.limits import Limits
 from octavo.serving.listening import Server, listen
 from octavo.serving.metrics import Metrics
 from octavo.serving.models import Models, load_models
-from octavo.text.chat import ChatTemplate
-from octavo.text.tokenizer import Tokenizer
-
-LETTERS = Tokenizer.char("abcdefgh \n:ASUimnrsty")  # spells what the chat template writes
-TALKING = Tokenizer.char("abcdefgh \n:ASUimnrsty", separator=True)
-
-
-def make_run(
-    path: Path,
-    tokenizer: Tokenizer = LETTERS,
-    seed: int = 0,
-    chat: bool = False,
-    poison: int | None = None,
-    **changes: int | str | bool,
-) -> Path:
-    """A run with random weights; at the token ``poison`` it overflows."""
-    shape = {"block_size": 64, "n_layer": 2, "n_head": 2, "d_model": 16, "tie_embeddings": False}
-    norm = "rmsnorm" if poison is None else "layernorm"
-    config = ModelConfig(vocab_size=tokenizer.vocab_size, **{"norm": norm, **shape, **changes})
-    rng = np.random.default_rng(seed)
-    weights = {
-        name: rng.standard_normal(size, dtype=np.float32) * 0.5
-        for name, size in tensor_shapes(config).items()
-        if not (config.tie_embeddings and name == "lm_head.weight")
-    }
-    if config.tie_embeddings:
-        weights["lm_head.weight"] = weights["tok_emb.weight"]
-    if poison is not None:
-        weights["tok_emb.weight"][poison] = 3e38  # finite, but its mean and variance are not
-    files = ChatTemplate.default(tokenizer).files() if chat else {}
-    Run.create_with_weights(path, Config(model=config), tokenizer, files, weights)
-    return path
 
 
 @dataclass
@@ -75,6 +40,16 @@ class Running:
     def http(self) -> httpx.Client:
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         return httpx.Client(base_url=self.url, headers=headers, timeout=30)
+
+
+def streamed(http: httpx.Client, body: dict[str, Any]) -> list[dict[str, Any]]:
+    """The events of a completion's stream, up to its end."""
+    with http.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
+        assert answer.status_code == 200
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        *events, last = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+    assert last == "[DONE]"
+    return [json.loads(event) for event in events]
 
 
 @contextmanager

@@ -1,17 +1,13 @@
 """`octavo chat` in a terminal, typed as a person types, and without one; it imports no torch."""
 
 import json
-import os
-import pty
 import re
-import select
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
-from serving_kit import LETTERS, TALKING, make_run
+from command_kit import Terminal, octavo_without_torch
+from run_kit import LETTERS, TALKING, make_run
 
 
 @pytest.fixture(scope="module")
@@ -22,52 +18,20 @@ def folder(tmp_path_factory):
     return folder
 
 
-class Terminal:
-    """`octavo chat` in a terminal of its own."""
-
-    def __init__(self, folder, *words):
-        self.leader, follower = pty.openpty()
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "octavo", "chat", *words], cwd=folder,
-            stdin=follower, stdout=follower, stderr=follower, start_new_session=True,
-            env=os.environ | {"TERM": "xterm", "INPUTRC": "/dev/null"},
-        )  # fmt: skip
-        os.close(follower)
-        self.unread = b""
-
-    def type(self, keys):
-        os.write(self.leader, keys)
-
-    def read_until(self, wanted):
-        """What came up to ``wanted``; what comes after it waits for the next call."""
-        deadline = time.monotonic() + 60
-        while wanted not in self.unread:
-            assert time.monotonic() < deadline, self.unread
-            if select.select([self.leader], [], [], 0.1)[0]:
-                self.unread += os.read(self.leader, 65536)
-        found, _, self.unread = self.unread.partition(wanted)
-        return found
-
-    def ended(self):
-        code = self.process.wait(timeout=30)
-        os.close(self.leader)
-        return code
-
-
 def test_a_talk_in_a_terminal_where_ctrl_c_stops_the_answer_only(folder):
     endless = ["--max-new-tokens", "1000000", "--presence-penalty", "-1000"]  # one letter only
-    chat = Terminal(folder, "talker", *endless)
+    chat = Terminal(folder, "chat", "talker", *endless)
     assert b"chat with the model" in chat.read_until(b"> ")
     chat.type(b"abd\x7fc\n")  # with a correction
     chat.read_until(b"c\r\n")
     chat.read_until(b"mmmmmmmm")
-    os.killpg(chat.process.pid, signal.SIGINT)
+    chat.send(signal.SIGINT)
     chat.read_until(b"[stopped]")
     chat.read_until(b"> ")
     chat.type(b"half a line")
     chat.read_until(b"half a line")
     time.sleep(0.2)  # readline, while it is busy with a key, keeps a signal for the next one
-    os.killpg(chat.process.pid, signal.SIGINT)  # at the prompt: a new line, no end
+    chat.send(signal.SIGINT)  # at the prompt: a new line, no end
     chat.read_until(b"> ")
     chat.type(b"/save said.jsonl\n")
     chat.read_until(b"saved as said.jsonl")
@@ -84,7 +48,7 @@ def test_a_talk_in_a_terminal_where_ctrl_c_stops_the_answer_only(folder):
 
 
 def test_a_base_model_says_once_what_it_does(folder):
-    chat = Terminal(folder, "base", "--max-new-tokens", "5")
+    chat = Terminal(folder, "chat", "base", "--max-new-tokens", "5")
     assert b"a base model: it goes on with the text" in chat.read_until(b"> ")
     chat.type(b"abc\n")
     assert b"base model" not in chat.read_until(b"> ")
@@ -94,18 +58,8 @@ def test_a_base_model_says_once_what_it_does(folder):
 
 @pytest.mark.parametrize("run", ["talker", "base"])
 def test_piped_lines_are_answered_without_torch(folder, run):
-    program = f"""
-import sys
-from octavo.cli import main
-try:
-    main(["chat", {run!r}, "--max-new-tokens", "9", "--seed", "3"])
-except SystemExit as end:
-    assert not end.code, end.code
-assert "torch" not in sys.modules, "torch was imported"
-"""
-    command = [sys.executable, "-c", program]
-    asked = {"cwd": folder, "input": "abc\nabc\n", "capture_output": True, "text": True}
-    first, second = (subprocess.run(command, check=True, **asked) for _ in range(2))
+    words = ["chat", run, "--max-new-tokens", 9, "--seed", 3]
+    first, second = (octavo_without_torch(*words, cwd=folder, input="abc\nabc\n") for _ in range(2))
     assert first.stderr == ""
     assert first.stdout == second.stdout
     assert len(first.stdout) > 4

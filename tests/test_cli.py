@@ -1,37 +1,23 @@
 """The command line as people type it: sorted words, help that answers, errors of one line."""
 
-import json
-import os
-import pty
-import select
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
+from command_kit import SEA, SMALL, Terminal, figures, printed, python, wait_until
+from command_kit import octavo as called
+from test_config import S2
+from training_kit import events
 
 import octavo
-from octavo.cli import COMMANDS, main
-
-TEXT = "She sells sea shells by the sea shore; the shells she sells are sea shells.\n" * 30
-SMALL = [
-    "model.block_size=16", "model.n_layer=1", "model.n_head=2", "model.d_model=16",
-    "train.max_steps=6", "train.micro_batch_size=4", "eval.windows=4",
-    "log.sample_tokens=5", "eval.every=3",
-]  # fmt: skip
+from octavo.cli import COMMANDS
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("a folder with spaces")
-    (folder / "sea.txt").write_text(TEXT, encoding="utf-8")
-    return folder
-
-
-@pytest.fixture
-def here(folder, monkeypatch):
-    monkeypatch.chdir(folder)
+    (folder / "sea.txt").write_text(SEA, encoding="utf-8")
     return folder
 
 
@@ -50,19 +36,10 @@ def octavo_in(folder, *words, **kwargs):
     return done
 
 
-def called(*words):
-    """The exit code of a command called in this process."""
-    with pytest.raises(SystemExit) as ended:
-        main([str(word) for word in words])
-    return ended.value.code or 0
-
-
 def test_help_is_instant_and_imports_nothing_heavy(folder):
     script = "import sys; from octavo.cli import main\ntry: main([])\nexcept SystemExit: pass\n"
     script += "print(sorted({'torch', 'numpy', 'yaml', 'rich'} & set(sys.modules)))"
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    )
+    done = python(script)
     assert done.stdout.startswith("octavo: a small")
     assert done.stdout.strip().endswith("[]")
 
@@ -70,8 +47,7 @@ def test_help_is_instant_and_imports_nothing_heavy(folder):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_each_command_has_a_page_without_torch(command, capsys):
     before = "torch" in sys.modules
-    assert called(command, "--help") == 0
-    page = capsys.readouterr().out
+    page = printed(capsys, command, "--help")
     assert page.startswith(f"usage: octavo {command} ")
     assert f"\n  octavo {command} " in page
     assert ("torch" in sys.modules) == before
@@ -82,35 +58,27 @@ def test_each_command_has_a_page_without_torch(command, capsys):
 
 def test_train_then_generate_then_eval(run, here, capsys):
     assert (run / "report.html").exists()
-    assert called("generate", "runs/sea", "--prompt", "She", "--max-new-tokens", "8") == 0
-    first = capsys.readouterr().out
-    assert called("generate", "--prompt", "She", "--max_tokens", "8", "runs/sea") == 0
-    assert capsys.readouterr().out == first
+    words = ["generate", "runs/sea", "--prompt", "She", "--max-new-tokens", "8"]
+    first = printed(capsys, *words)
+    assert printed(capsys, "generate", "--prompt", "She", "--max_tokens", "8", "runs/sea") == first
     assert len(first) == 9
-    assert called("generate", "runs/sea", "--prompt", "She", "--max-new-tokens", 8, "--json") == 0
-    assert json.loads(capsys.readouterr().out)["texts"] == [first[:-1]]
-    assert called("eval", "runs/sea", "--json") == 0
-    judged = json.loads(capsys.readouterr().out)
-    logged = [json.loads(line) for line in (run / "metrics.jsonl").open(encoding="utf-8")]
-    last = [event for event in logged if event["event"] == "eval"][-1]
+    assert figures(capsys, *words)["texts"] == [first[:-1]]
+    judged = figures(capsys, "eval", "runs/sea")
+    last = events(run, "eval")[-1]
     assert judged["loss"] == pytest.approx(last["val_loss"], rel=1e-6)
-    assert called("eval", "runs/sea", "--perplexity", "sea.txt", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["tokens"] == len(TEXT) - 1
+    assert figures(capsys, "eval", "runs/sea", "--perplexity", "sea.txt")["tokens"] == len(SEA) - 1
 
 
 def test_the_seed_projects_flags_are_understood(run, here, capsys):
     words = ["--max_tokens", "20", "--temperature=0.9", "--top_k=50", "--top_p=0.95", "--stream"]
-    assert called("generate", "runs/sea", "--prompt", "She", *words) == 0
-    streamed = capsys.readouterr().out
-    assert called("generate", "runs/sea", "--prompt", "She", *words[:-1]) == 0
-    assert capsys.readouterr().out == streamed
+    streamed = printed(capsys, "generate", "runs/sea", "--prompt", "She", *words)
+    assert printed(capsys, "generate", "runs/sea", "--prompt", "She", *words[:-1]) == streamed
 
 
 def test_plan_counts_what_the_model_has(here, capsys):
-    assert called("plan", "sea.txt", *SMALL, "--no-probe", "--json") == 0
-    plan = json.loads(capsys.readouterr().out)
+    plan = figures(capsys, "plan", "sea.txt", *SMALL, "--no-probe")
     config = octavo.ModelConfig(
-        vocab_size=len(set(TEXT)), block_size=16, n_layer=1, n_head=2, d_model=16
+        vocab_size=len(set(SEA)), block_size=16, n_layer=1, n_head=2, d_model=16
     )
     assert plan["parameters_total"] == sum(p.numel() for p in octavo.GPT(config).parameters())
     assert plan["tokens_a_step"] == 4 * 16
@@ -119,21 +87,8 @@ def test_plan_counts_what_the_model_has(here, capsys):
 
 def test_the_mini_transformers_yaml_runs_as_it_stands(tmp_path):
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "input.txt").write_text(TEXT * 12, encoding="utf-8")
-    (tmp_path / "config.yaml").write_text(
-        "model:\n"
-        "  d_model: 256        # Model dimension\n"
-        "  n_heads: 8          # Number of attention heads\n"
-        "  n_layers: 6         # Number of transformer blocks\n"
-        "  block_size: 256     # Context length\n"
-        "  dropout: 0.1        # Dropout rate\n"
-        "\n"
-        "training:\n"
-        "  batch_size: 32\n"
-        "  learning_rate: 3.0e-4\n"
-        "  max_iters: 10000\n",
-        encoding="utf-8",
-    )
+    (tmp_path / "data" / "input.txt").write_text(SEA * 12, encoding="utf-8")
+    (tmp_path / "config.yaml").write_text(S2, encoding="utf-8")
     # Unchanged, but not for all of its 10,000 steps.
     words = ["train", "--config", "config.yaml", "train.max_steps=1", "eval.windows=2"]
     done = octavo_in(tmp_path, *words, "log.sample_tokens=3")
@@ -201,12 +156,10 @@ def test_an_option_with_an_optional_value_does_not_swallow_the_next_option(
 
 
 def test_lengths_in_a_table_and_as_json(run, here, capsys):
-    assert called("eval", "runs/sea", "--lengths", "--json") == 0
-    found = json.loads(capsys.readouterr().out)
+    found = figures(capsys, "eval", "runs/sea", "--lengths")
     row = found["perplexity"]["as trained"]
     assert next(iter(row)) == "16"  # its context
-    assert called("eval", "runs/sea", "--lengths") == 0
-    first, header, plain, *_ = capsys.readouterr().out.splitlines()
+    first, header, plain, *_ = printed(capsys, "eval", "runs/sea", "--lengths").splitlines()
     assert f"{found['tokens']:,} tokens" in first
     assert header.split() == list(row)
     assert plain.split() == ["as", "trained"] + [f"{value:.4g}" for value in row.values()]
@@ -214,18 +167,10 @@ def test_lengths_in_a_table_and_as_json(run, here, capsys):
 
 def test_extremes_of_sampling_are_no_errors(run, here, capsys):
     words = ["generate", "runs/sea", "--prompt", "She", "--max-new-tokens", "5"]
-    assert called(*words, "--temperature", "0") == 0
-    greedy = capsys.readouterr().out
+    greedy = printed(capsys, *words, "--temperature", "0")
     for extreme in (["--temperature", "1e-9"], ["--top-k", "1"], ["--top-p", "0"]):
-        assert called(*words, *extreme) == 0
-        assert capsys.readouterr().out == greedy
+        assert printed(capsys, *words, *extreme) == greedy
     assert called(*words, "--top-k", "100000") == 0
-
-
-def test_standard_input_is_a_text(folder):
-    words = ["train", "-", *SMALL, "--out", "runs/piped", "--quiet"]
-    done = octavo_in(folder, *words, input=TEXT)
-    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_ctrl_c_saves_exits_75_and_tells_how_to_go_on(folder):
@@ -233,10 +178,7 @@ def test_ctrl_c_saves_exits_75_and_tells_how_to_go_on(folder):
     command = [sys.executable, "-m", "octavo", *words, "log.sample_every=0", "--out", "runs/cut"]
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     metrics = folder / "runs" / "cut" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not (metrics.exists() and b'"train"' in metrics.read_bytes()):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: metrics.exists() and b'"train"' in metrics.read_bytes(), 60)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 75
@@ -245,34 +187,16 @@ def test_ctrl_c_saves_exits_75_and_tells_how_to_go_on(folder):
 
 
 def test_interactive_in_a_terminal_where_ctrl_c_stops_the_text_only(run, folder):
-    leader, follower = pty.openpty()
-    words = [sys.executable, "-m", "octavo", "generate", "runs/sea", "--interactive"]
-    process = subprocess.Popen(
-        [*words, "--max-new-tokens", "100000"], cwd=folder,
-        stdin=follower, stdout=follower, stderr=follower, start_new_session=True,
-    )  # fmt: skip
-    os.close(follower)
-
-    unread = bytearray()
-
-    def read_until(wanted=b"", at_least=0):
-        """Take what came up to ``wanted``; what came after it waits for the next call."""
-        deadline = time.monotonic() + 60
-        while wanted not in unread or len(unread) < at_least:
-            assert time.monotonic() < deadline, unread
-            if select.select([leader], [], [], 0.1)[0]:
-                unread.extend(os.read(leader, 65536))
-        del unread[: unread.index(wanted) + len(wanted)]
-
-    read_until(b"> ")
-    os.write(leader, b"She sells\n")
-    read_until(at_least=100)  # the prompt's echo, and then it writes
-    os.killpg(process.pid, signal.SIGINT)
-    read_until(b"[stopped]")
-    read_until(b"> ")
-    os.write(leader, b"\x04")
-    assert process.wait(timeout=30) == 0
-    os.close(leader)
+    words = ["generate", "runs/sea", "--interactive", "--max-new-tokens", "100000"]
+    terminal = Terminal(folder, *words)
+    terminal.read_until(b"> ")
+    terminal.type(b"She sells\n")
+    terminal.read_until(at_least=100)  # the prompt's echo, and then it writes
+    terminal.send(signal.SIGINT)
+    terminal.read_until(b"[stopped]")
+    terminal.read_until(b"> ")
+    terminal.type(b"\x04")
+    assert terminal.ended() == 0
 
 
 def test_a_pipe_that_closes_early_is_no_error(run, folder):

@@ -4,9 +4,9 @@ import gzip
 import json
 
 import pytest
+from command_kit import complaint, figures, octavo, printed
 
-from octavo.cli import main
-from octavo.evaluating.hellaswag import read_items, score_hellaswag
+from octavo.evaluating.hellaswag import HellaSwag, read_items
 from octavo.language_model import load
 
 TEXT = "She sells sea shells by the sea shore: the shells she sells are sea shells.\n" * 60
@@ -20,13 +20,6 @@ ITEMS = [
      "label": number % 4, "activity_label": "sea"}
     for number, thing in enumerate(["sea", "shells", "the sea", "shore", "sea shells", "she"])
 ]  # fmt: skip
-
-
-def octavo(*words):
-    """The exit code of a command called in this process."""
-    with pytest.raises(SystemExit) as ended:
-        main([str(word) for word in words])
-    return ended.value.code or 0
 
 
 @pytest.fixture(scope="module")
@@ -45,20 +38,12 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def here(folder, monkeypatch):
-    monkeypatch.chdir(folder)
-    return folder
-
-
 def test_two_runs_are_compared_in_words_and_as_json(here, capsys):
-    assert octavo("compare", "a/s1", "b/s1") == 0
-    said = capsys.readouterr().out
+    said = printed(capsys, "compare", "a/s1", "b/s1")
     assert "on 16 windows of the validation part of" in said
     assert "95 % interval [" in said
     assert "these two weights, not about two methods" in said
-    assert octavo("compare", "a/s1", "b/s1", "--json") == 0
-    found = json.loads(capsys.readouterr().out)
+    found = figures(capsys, "compare", "a/s1", "b/s1")
     finding = found["findings"]["nats a token"]
     assert finding["gain"] == pytest.approx(finding["a"] - finding["b"])
     assert finding["sentence"] in said
@@ -66,14 +51,12 @@ def test_two_runs_are_compared_in_words_and_as_json(here, capsys):
 
 
 def test_a_run_beside_itself_is_exactly_equal(here, capsys):
-    assert octavo("compare", "a/s1", "a/s1") == 0
-    assert "the difference is exactly 0" in capsys.readouterr().out
+    assert "the difference is exactly 0" in printed(capsys, "compare", "a/s1", "a/s1")
 
 
 @pytest.mark.parametrize("words", [("a", "b"), ("a/s*", "b/s*"), ("a/s1,a/s2", "b/s2,b/s1")])
 def test_several_seeds_a_side_are_named_in_three_ways(here, capsys, words):
-    assert octavo("compare", *words, "--json") == 0
-    found = json.loads(capsys.readouterr().out)
+    found = figures(capsys, "compare", *words)
     assert len(found["a"]) == len(found["b"]) == 2
     assert "2 and 2 seeds (paired" in found["remarks"][-1]
 
@@ -81,39 +64,35 @@ def test_several_seeds_a_side_are_named_in_three_ways(here, capsys, words):
 def test_the_order_in_which_seeds_are_named_changes_nothing(here, capsys):
     results = []
     for b in ("b/s1,b/s2", "b/s2,b/s1"):
-        assert octavo("compare", "a", b, "--json") == 0
-        results.append(json.loads(capsys.readouterr().out)["findings"]["nats a token"])
+        results.append(figures(capsys, "compare", "a", b)["findings"]["nats a token"])
     assert results[0]["interval"] == pytest.approx(results[1]["interval"])
 
 
 def test_other_tokenizers_are_compared_in_bits_a_byte_and_it_is_said(here, capsys):
     (here / "long.txt").write_text(TEXT, encoding="utf-8")
-    assert octavo("compare", "a/s1", "byte", "--text", "long.txt") == 0
-    said = capsys.readouterr().out
+    said = printed(capsys, "compare", "a/s1", "byte", "--text", "long.txt")
     assert "bits a byte, 95 % interval" in said
     assert "different tokenizers" in said
 
 
 def test_hellaswag_counts_the_items_that_only_one_has_right(here, capsys):
     words = ["compare", "a/s1", "b/s1", "--hellaswag", "items.jsonl.gz", "--protocol", "harness"]
-    assert octavo(*words, "--json") == 0
-    findings = json.loads(capsys.readouterr().out)["findings"]
+    findings = figures(capsys, *words)["findings"]
     assert findings["% HellaSwag acc"]["pairs"] == len(ITEMS)
     accuracy = findings["% HellaSwag acc_norm"]
     assert accuracy["gain"] == pytest.approx(accuracy["b"] - accuracy["a"])
-    alone = score_hellaswag(load("a/s1"), read_items("items.jsonl.gz"), "harness")
+    lm = load("a/s1")
+    alone = HellaSwag(read_items("items.jsonl.gz"), lm.tokenizer, "harness").score(lm.model)
     assert accuracy["a"] == pytest.approx(100 * alone.acc_norm)
-    assert octavo(*words[:-2], "--limit", "4") == 0
-    said = capsys.readouterr().out
+    said = printed(capsys, *words[:-2], "--limit", "4")
     assert "HellaSwag acc_norm (completion)" in said
     assert "alone is right on" in said or "exactly 0" in said
 
 
 def test_published_scores_are_judged_without_any_run(capsys):
-    assert octavo("compare", "--scores", "0.3036", "0.3074", "--items", "10042") == 0
-    assert "z = 0.58, p = 0.56: not evidence" in capsys.readouterr().out
-    assert octavo("compare", "0.3036", "0.3074", "--items", "10042", "--scores", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["z"] == pytest.approx(0.58, abs=0.005)
+    words = ["compare", "0.3036", "0.3074", "--items", "10042", "--scores"]
+    assert "z = 0.58, p = 0.56: not evidence" in printed(capsys, *words)
+    assert figures(capsys, *words)["z"] == pytest.approx(0.58, abs=0.005)
 
 
 @pytest.mark.parametrize(
@@ -132,10 +111,9 @@ def test_published_scores_are_judged_without_any_run(capsys):
     ],
 )
 def test_bad_input_is_one_line(here, capsys, words, code, message):
-    assert octavo("compare", *words) == code
-    said = capsys.readouterr().err
+    found, said = complaint(capsys, "compare", *words)
+    assert found == code
     assert message in said
-    assert said.count("\n") == 1
 
 
 def test_a_study_prints_its_table_and_its_conclusion(here, capsys):
@@ -153,8 +131,7 @@ def test_a_study_prints_its_table_and_its_conclusion(here, capsys):
     told = capsys.readouterr()
     assert json.loads(told.out) == saved
     assert "4/4" not in told.err
-    assert octavo("compare", "study/gelu", "study/swiglu", "--json") == 0
-    compared = json.loads(capsys.readouterr().out)["findings"]["nats a token"]
+    compared = figures(capsys, "compare", "study/gelu", "study/swiglu")["findings"]["nats a token"]
     assert compared["interval"] == pytest.approx(saved["effects"][0]["interval"])
 
 

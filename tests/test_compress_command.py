@@ -1,19 +1,12 @@
 """`octavo compress` and `decompress`: files, figures, and nothing half done."""
 
-import json
 import os
-import subprocess
-import sys
 
-import numpy as np
 import pytest
+from command_kit import figures, octavo, printed, without_torch
+from run_kit import make_run
 
-from octavo import cli
-from octavo.checkpoint import Run
 from octavo.commands import compress
-from octavo.config import Config
-from octavo.generating.native_tables import tensor_shapes
-from octavo.model_config import ModelConfig
 from octavo.text.tokenizer import Tokenizer
 
 TEXT = b"She sells sea shells by the sea shore.\r\n\xff\x00" * 40
@@ -21,30 +14,14 @@ TEXT = b"She sells sea shells by the sea shore.\r\n\xff\x00" * 40
 
 @pytest.fixture
 def run(tmp_path):
-    tokenizer = Tokenizer.char(TEXT.decode("latin-1")[:38])
-    config = ModelConfig(
-        vocab_size=tokenizer.vocab_size, block_size=16, n_layer=1, n_head=2, d_model=16
-    )
-    rng = np.random.default_rng(0)
-    shapes = tensor_shapes(config).items()
-    weights = {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes}
-    weights["lm_head.weight"] = weights["tok_emb.weight"]
-    run = Run.create_with_weights(tmp_path / "run", Config(model=config), tokenizer, {}, weights)
     (tmp_path / "sea.txt").write_bytes(TEXT)
-    return run.path
-
-
-def octavo(*words):
-    """The exit code of a command called in this process."""
-    with pytest.raises(SystemExit) as ended:
-        cli.main([str(word) for word in words])
-    return ended.value.code or 0
+    tokenizer = Tokenizer.char(TEXT.decode("latin-1")[:38])
+    return make_run(tmp_path / "run", tokenizer, block_size=16, n_layer=1, tie_embeddings=True)
 
 
 def test_a_file_goes_and_comes_back_and_the_figures_are_said(run, tmp_path, capsys):
     packed, back = tmp_path / "sea.octz", tmp_path / "back.txt"
-    assert octavo("compress", run, tmp_path / "sea.txt", packed) == 0
-    said = capsys.readouterr().out
+    said = printed(capsys, "compress", run, tmp_path / "sea.txt", packed)
     for part in ("sea.txt: 1,680 bytes", "octavo", "gzip", "xz", "zstd", "bits a byte", " : 1"):
         assert part in said
     assert octavo("decompress", run, packed, back) == 0
@@ -54,21 +31,18 @@ def test_a_file_goes_and_comes_back_and_the_figures_are_said(run, tmp_path, caps
 
 def test_figures_are_one_json_object(run, tmp_path, capsys):
     packed = tmp_path / "sea.octz"
-    assert octavo("compress", run, tmp_path / "sea.txt", packed, "--json") == 0
-    facts = json.loads(capsys.readouterr().out)
+    facts = figures(capsys, "compress", run, tmp_path / "sea.txt", packed)
     assert facts["bytes"] == len(TEXT)
     assert facts["compressed_bytes"] == facts["sizes"]["octavo"] == packed.stat().st_size
     assert facts["bits_per_byte"]["octavo"] == pytest.approx(8 * packed.stat().st_size / len(TEXT))
-    assert octavo("decompress", run, packed, tmp_path / "back", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["bytes"] == len(TEXT)
+    assert figures(capsys, "decompress", run, packed, tmp_path / "back")["bytes"] == len(TEXT)
 
 
 def test_an_empty_file_has_no_bits_a_byte(run, tmp_path, capsys):
     (tmp_path / "empty").write_bytes(b"")
-    assert octavo("compress", run, tmp_path / "empty", tmp_path / "out") == 0
-    assert "empty: 0 bytes" in capsys.readouterr().out
-    assert octavo("compress", run, tmp_path / "empty", tmp_path / "out2", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["bits_per_byte"] == {}
+    words = ["compress", run, tmp_path / "empty"]
+    assert "empty: 0 bytes" in printed(capsys, *words, tmp_path / "out")
+    assert figures(capsys, *words, tmp_path / "out2")["bits_per_byte"] == {}
     assert octavo("decompress", run, tmp_path / "out", tmp_path / "back") == 0
     assert (tmp_path / "back").read_bytes() == b""
 
@@ -115,17 +89,14 @@ def test_ctrl_c_leaves_no_half_file(run, tmp_path, monkeypatch):
 def test_it_needs_no_torch(run, tmp_path):
     """Importing it costs more than compressing a short file."""
     program = f"""
-import sys
 from argparse import Namespace
 from octavo.commands import compress, decompress
 words = [{str(run)!r}, {str(tmp_path / "sea.txt")!r}, {str(tmp_path / "out")!r}]
 compress.run(Namespace(words=words, device="auto", base=None, weights=None, json=False), [])
 words = [{str(run)!r}, {str(tmp_path / "out")!r}, {str(tmp_path / "back")!r}]
 decompress.run(Namespace(words=words, base=None, json=False), [])
-assert "torch" not in sys.modules
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    without_torch(program)
     assert (tmp_path / "back").read_bytes() == TEXT
 
 

@@ -25,6 +25,20 @@ from octavo.config import (
 from octavo.errors import ConfigError
 from octavo.model_config import RopeScaling
 
+S2 = """\
+model:
+  d_model: 256        # Model dimension
+  n_heads: 8          # Number of attention heads
+  n_layers: 6         # Number of transformer blocks
+  block_size: 256     # Context length
+  dropout: 0.1        # Dropout rate
+
+training:
+  batch_size: 32
+  learning_rate: 3.0e-4
+  max_iters: 10000
+"""
+
 
 @pytest.fixture
 def load(tmp_path):
@@ -41,19 +55,7 @@ def load(tmp_path):
 
 def test_s2s_own_configuration(load):
     """The YAML of the seed's page, verbatim."""
-    config = load("""\
-model:
-  d_model: 256        # Model dimension
-  n_heads: 8          # Number of attention heads
-  n_layers: 6         # Number of transformer blocks
-  block_size: 256     # Context length
-  dropout: 0.1        # Dropout rate
-
-training:
-  batch_size: 32
-  learning_rate: 3.0e-4
-  max_iters: 10000
-""")
+    config = load(S2)
     assert config.model == ModelConfig(
         d_model=256, n_head=8, n_layer=6, block_size=256, dropout=0.1
     )

@@ -6,20 +6,14 @@ import os
 
 import numpy as np
 import pytest
+from command_kit import complaint, figures, octavo, printed
+from training_kit import flip
 
-from octavo.cli import main
 from octavo.text import pipeline
 from octavo.text.shards import Dataset
 from octavo.text.tokenizer import Tokenizer
 
 TEXT = "She sells sea shells by the sea shore; the shells she sells are sea shells.\n" * 40
-
-
-def octavo(*words):
-    """The exit code of a command called in this process."""
-    with pytest.raises(SystemExit) as ended:
-        main([str(word) for word in words])
-    return ended.value.code or 0
 
 
 def interrupt(*_):
@@ -43,8 +37,7 @@ def dataset(text, tmp_path, capsys):
 
 
 def test_prepare_inspect_and_verify_tell_the_same(dataset, text, tmp_path, capsys):
-    assert octavo("data", "inspect", dataset, "--json") == 0
-    facts = json.loads(capsys.readouterr().out)
+    facts = figures(capsys, "data", "inspect", dataset)
     assert facts["tokens"] == len(TEXT) + 2 == facts["train_tokens"] + facts["val_tokens"]
     assert (facts["type"], facts["documents"], facts["largest_id"]) == ("uint16", 2, 256)
     assert facts["begins"] == TEXT[:64]
@@ -54,18 +47,13 @@ def test_prepare_inspect_and_verify_tell_the_same(dataset, text, tmp_path, capsy
     said = capsys.readouterr()
     assert json.loads(said.out) == facts
     assert said.err == f"{dataset} is prepared already\n"
-    assert octavo("data", "verify", dataset) == 0
-    assert "all well: 4 files" in capsys.readouterr().out
-    assert octavo("data", "inspect", dataset) == 0
-    assert "it begins with\n\nShe sells" in capsys.readouterr().out
+    assert "all well: 4 files" in printed(capsys, "data", "verify", dataset)
+    assert "it begins with\n\nShe sells" in printed(capsys, "data", "inspect", dataset)
 
 
 @pytest.mark.parametrize("place", [200, -3])
 def test_a_flipped_bit_is_found_with_its_file_and_block(dataset, capsys, place):
-    file = dataset / "train-00001.npy"
-    data = bytearray(file.read_bytes())
-    data[place] ^= 1
-    file.write_bytes(data)
+    flip(dataset / "train-00001.npy", place)
     assert octavo("data", "verify", dataset) == 3
     assert "train-00001.npy is damaged in bytes 0 to" in capsys.readouterr().err
 
@@ -73,17 +61,15 @@ def test_a_flipped_bit_is_found_with_its_file_and_block(dataset, capsys, place):
 @pytest.mark.parametrize("tokenizer", [None, "gpt2"])
 def test_files_of_others_are_looked_at_as_they_are(tmp_path, gpt2_at, capsys, tokenizer):
     """The seed projects' "50 M tokens, 200 MB" are ids of four bytes: the type is told."""
-    ids = Tokenizer.gpt2(gpt2_at).encode(TEXT)
+    ids = Tokenizer.load(gpt2_at).encode(TEXT)
     np.save(tmp_path / "train.npy", np.array([*ids, 50256, *ids, 50256], dtype=np.int32))
     words = ["--tokenizer", gpt2_at] if tokenizer else []
-    assert octavo("data", "inspect", tmp_path / "train.npy", "--json", *words) == 0
-    facts = json.loads(capsys.readouterr().out)
+    facts = figures(capsys, "data", "inspect", tmp_path / "train.npy", *words)
     assert facts["tokens"] == 2 * len(ids) + 2
     assert (facts["type"], round(facts["bytes_a_token"])) == ("int32", 4)
     assert (facts["documents"], facts["end_of_text"]) == (2, 50256)
     assert ("begins" in facts) == (tokenizer is not None)
-    assert octavo("data", "verify", tmp_path / "train.npy") == 0
-    assert "there are no hashes" in capsys.readouterr().out
+    assert "there are no hashes" in printed(capsys, "data", "verify", tmp_path / "train.npy")
 
 
 def test_a_bpe_of_ones_own_travels_with_the_tokens(text, tmp_path, capsys):
@@ -115,9 +101,8 @@ def test_what_cannot_be_is_one_line_and_a_code(
     text, tmp_path, monkeypatch, capsys, words, code, message
 ):
     monkeypatch.chdir(tmp_path)
-    assert octavo("data", *words) == code
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
+    found, said = complaint(capsys, "data", *words)
+    assert found == code
     assert message in said
     assert not (tmp_path / "x").exists()
 

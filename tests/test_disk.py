@@ -1,11 +1,10 @@
 """A file or directory is whole or absent: tried by killing real processes at every named point."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from command_kit import python
 
 from octavo import disk
 from octavo.errors import ConfigError, ResourceError
@@ -30,9 +29,7 @@ def test_a_replaced_file_is_the_old_or_the_new(tmp_path, monkeypatch):
     seen = set()
     for point in points:
         path.write_bytes(b"old")
-        environment = os.environ | {"OCTAVO_FAILPOINT": point}
-        child = subprocess.run([sys.executable, "-c", REPLACE, str(path)], env=environment)
-        assert child.returncode == 137, point
+        python(REPLACE, path, ends=137, env=os.environ | {"OCTAVO_FAILPOINT": point})
         seen.add(path.read_bytes())
     assert seen == {b"old", b"new" * 1000}
 

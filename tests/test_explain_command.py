@@ -6,8 +6,7 @@ import re
 
 import numpy as np
 import pytest
-
-from octavo.cli import main
+from command_kit import figures, octavo, printed
 
 TEXT = "She sells sea shells by the sea shore: the shells she sells are sea shells.\n" * 30
 SMALL = [
@@ -15,13 +14,7 @@ SMALL = [
     "train.max_steps=4", "train.micro_batch_size=4", "eval.windows=8", "log.sample_every=2",
     "log.sample_tokens=30", "advanced.log_attention=true",
 ]  # fmt: skip
-
-
-def octavo(*words):
-    """The exit code of a command called in this process."""
-    with pytest.raises(SystemExit) as ended:
-        main([str(word) for word in words])
-    return ended.value.code or 0
+pytestmark = pytest.mark.usefixtures("here")
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +23,6 @@ def folder(tmp_path_factory):
     (folder / "sea.txt").write_text(TEXT, encoding="utf-8")
     assert octavo("train", folder / "sea.txt", *SMALL, "--out", folder / "run", "--quiet") == 0
     return folder
-
-
-@pytest.fixture(autouse=True)
-def here(folder, monkeypatch):
-    monkeypatch.chdir(folder)
 
 
 def test_training_keeps_the_attention_of_its_samples(folder):
@@ -49,16 +37,15 @@ def test_training_keeps_the_attention_of_its_samples(folder):
 
 
 def test_a_page_of_a_text(folder, capsys):
-    assert octavo("explain", "run", "--text", "She sells sea shells by the", "--out", "a.html") == 0
-    said = capsys.readouterr().out
+    text = "She sells sea shells by the"
+    said = printed(capsys, "explain", "run", "--text", text, "--out", "a.html")
     assert "a.html" in said
     assert "longest verbatim  27" in said
     assert (folder / "a.html").read_text(encoding="utf-8").startswith("<!doctype html>")
 
 
 def test_a_page_of_what_the_model_writes(folder, capsys):
-    assert octavo("explain", "run", "--prompt", "She ", "--max-new-tokens", 9, "--json") == 0
-    facts = json.loads(capsys.readouterr().out)
+    facts = figures(capsys, "explain", "run", "--prompt", "She ", "--max-new-tokens", 9)
     assert (facts["page"], facts["tokens"], facts["written"]) == ("explain.html", 13, 9)
     assert (
         octavo("generate", "run", "--prompt", "She ", "--max-new-tokens", 9, "--preset", "nucleus")
@@ -74,8 +61,7 @@ def test_a_page_of_what_the_model_writes(folder, capsys):
 def test_a_file_and_a_corpus(folder, capsys):
     (folder / "other.txt").write_text("shells shells shells shells shells", encoding="utf-8")
     words = ("explain", "run", "--file", "other.txt", "--corpus", "other.txt", "--json")
-    assert octavo(*words) == 0
-    facts = json.loads(capsys.readouterr().out)
+    facts = figures(capsys, *words)
     assert (facts["longest_verbatim"], facts["verbatim_share"]) == (34, 1)
     assert "longer than the model's context of 16" in facts["remarks"][0]
 
@@ -94,7 +80,7 @@ def test_a_file_and_a_corpus(folder, capsys):
         (("attention", "run"), 2, "which text?"),
         (("attention", "run", "--text", "sea", "--out", "a.gif"), 2, "ends in .png"),
         (("attention", "run", "--text", "sea", "--layer", 2), 2, "the layers are 0 to 1"),
-        (("diff", "run"), 2, "two are compared, 1 given"),
+        (("diff", "run"), 2, "A B are wanted, 1 word was given; run; octavo diff"),
         (("diff", "run", "nowhere"), 2, "nowhere is no run"),
     ],
 )
@@ -118,16 +104,13 @@ def test_two_checkpoints_of_a_run(folder, capsys):
     words = ("train", "sea.txt", *SMALL, "train.seed=7", "--out", "other", "--quiet")
     assert octavo(*words) == 0
     capsys.readouterr()
-    assert octavo("diff", "run", "run") == 0
-    said = capsys.readouterr().out
+    said = printed(capsys, "diff", "run", "run")
     assert "weights: identical, all" in said
     assert "settings: the same" in said
-    assert octavo("diff", "run", "other") == 0
-    said = capsys.readouterr().out
+    said = printed(capsys, "diff", "run", "other")
     assert "train.seed  1337 -> 7" in said
     assert "blocks.0.attn.q_proj.weight" in said
-    assert octavo("diff", "run", "other", "--json") == 0
-    facts = json.loads(capsys.readouterr().out)
+    facts = figures(capsys, "diff", "run", "other")
     assert not facts["same_weights"]
     assert facts["settings"] == {"train.seed": [1337, 7]}
     relative = [change["relative"] for change in facts["changes"]]

@@ -2,48 +2,29 @@
 
 import dataclasses
 import io
-import json
 import types
 
 import pytest
+from command_kit import SEA, SMALL, figures, octavo, printed, sea_run
 
 from octavo.adapting import grow as growing
 from octavo.checkpoint import Run
-from octavo.cli import main
 from octavo.config import FinetuneConfig, LoraConfig
 from octavo.errors import ConfigError
 from octavo.language_model import load
 from octavo.training.growing import grow_run
 from octavo.training.task import score_validation
 
-TEXT = "She sells sea shells by the sea shore; the shells she sells are sea shells.\n" * 30
-SMALL = [
-    "model.block_size=16", "model.n_layer=1", "model.n_head=2", "model.d_model=16",
-    "train.max_steps=6", "train.micro_batch_size=4", "eval.windows=4",
-    "log.sample_tokens=5", "eval.every=3",
-]  # fmt: skip
-
-
-def octavo(*words):
-    """The exit code of a command called in this process."""
-    with pytest.raises(SystemExit) as ended:
-        main([str(word) for word in words])
-    return ended.value.code or 0
-
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("grow")
-    (folder / "sea.txt").write_text(TEXT, encoding="utf-8")
-    assert octavo("train", folder / "sea.txt", *SMALL, "--out", folder / "sea", "--quiet") == 0
-    return folder / "sea"
+    return sea_run(tmp_path_factory.mktemp("grow"))
 
 
 def test_a_larger_run_computes_the_same_and_trains_on(run, tmp_path, capsys):
     out = tmp_path / "larger"
     words = ["model.n_layer=3", "model.d_ff=80", "model.block_size=24", "optim.lr=5e-4"]
-    assert octavo("grow", run, "--out", out, *words) == 0
-    said = capsys.readouterr().out
+    said = printed(capsys, "grow", run, "--out", out, *words)
     assert "n layer" in said
     assert "1 -> 3" in said
     assert f"octavo train {out} --resume" in said
@@ -62,8 +43,7 @@ def test_a_larger_run_computes_the_same_and_trains_on(run, tmp_path, capsys):
 
 def test_where_the_function_changes_the_loss_is_said(run, tmp_path, capsys):
     out = tmp_path / "grouped"
-    assert octavo("grow", run, "--out", out, "model.n_kv_head=1", "--json") == 0
-    facts = json.loads(capsys.readouterr().out)
+    facts = figures(capsys, "grow", run, "--out", out, "model.n_kv_head=1")
     assert facts["computes_the_same"] is False
     before, after = score_validation(load(run)).loss, score_validation(load(out)).loss
     assert facts["loss_before"] == pytest.approx(before, rel=1e-6)
@@ -72,7 +52,7 @@ def test_where_the_function_changes_the_loss_is_said(run, tmp_path, capsys):
 
 
 def test_padded_ids_and_text_from_standard_input_travel(tmp_path, monkeypatch, capsys):
-    stdin = types.SimpleNamespace(buffer=io.BytesIO(TEXT.encode()))
+    stdin = types.SimpleNamespace(buffer=io.BytesIO(SEA.encode()))
     monkeypatch.setattr("sys.stdin", stdin)
     assert octavo("train", "-", *SMALL, "--out", tmp_path / "piped", "--quiet") == 0
     words = ["model.vocab_size=20", "model.pad_vocab_to=1"]

@@ -1,32 +1,26 @@
 """The Python face: what `octavo.load` gives equals the model inside it."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
+from training_kit import trained
 
 import octavo
-from octavo.config import load_config
 from octavo.errors import ConfigError
 from octavo.language_model import LanguageModel, make_sampling, start_ids
 from octavo.text.tokenizer import Tokenizer
-from octavo.training.loop import train
 
 TEXT = "All work and no play makes Jack a dull boy. " * 60
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    (folder / "jack.txt").write_text(TEXT, encoding="utf-8")
     settings = [
         "model.block_size=16", "model.n_layer=2", "model.n_head=2", "model.d_model=32",
         "train.max_steps=60", "train.micro_batch_size=8", "optim.lr=1e-2",
         "eval.every=30", "eval.windows=4", "log.sample_every=0",
-        f"data.source={json.dumps(str(folder / 'jack.txt'))}",
     ]  # fmt: skip
-    return train(load_config(None, settings), folder / "jack", quiet=True).run
+    return trained(TEXT, tmp_path_factory.mktemp("runs") / "jack", *settings)
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,11 @@
 """The house of DESIGN: a room imports only from floors below it, and no room is too big to read."""
 
 import ast
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from command_kit import python
 
 SOURCE = Path(__file__).parents[1] / "src" / "octavo"
 FLOORS = {
@@ -108,5 +107,4 @@ def test_writing_needs_no_torch():
         "    importlib.import_module(name)\n"
         "    assert 'torch' not in sys.modules, f'{name} imports torch'\n"
     )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    python(program)

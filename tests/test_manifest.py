@@ -35,7 +35,7 @@ def write_checkpoint(path: Path, order: int = 1, **changes: object) -> Manifest:
         versions={"numpy": "2"},
     )
     manifest = dataclasses.replace(manifest, **changes)
-    (path / MANIFEST).write_bytes(seal(manifest))
+    (path / MANIFEST).write_bytes(seal(dataclasses.asdict(manifest)))
     return manifest
 
 
@@ -114,7 +114,7 @@ def test_a_sealed_manifest_of_nonsense_is_refused(tmp_path, changes):
     manifest = write_checkpoint(path)
     for field, value in changes.items():  # past Manifest's own check, as an attacker would be
         object.__setattr__(manifest, field, value)
-    (path / MANIFEST).write_bytes(seal(manifest))
+    (path / MANIFEST).write_bytes(seal(dataclasses.asdict(manifest)))
     with pytest.raises(CheckpointError):
         read_manifest(path)
     assert valid_checkpoints(tmp_path) == []

@@ -1,11 +1,10 @@
 """Packed files hold what they were given, where the kernels look for it, and nothing by halves."""
 
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+from command_kit import python
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -136,7 +135,7 @@ def test_mapped_arrays_cannot_be_written_to(tmp_path):
 def test_a_file_that_ends_early_is_refused(tmp_path, cut):
     write(tmp_path / "file")
     (tmp_path / "file").write_bytes((tmp_path / "file").read_bytes()[:cut])
-    with pytest.raises(CheckpointError, match="cannot map file"):
+    with pytest.raises(CheckpointError, match="cannot read file"):
         map_tensors(tmp_path / "file")
 
 
@@ -162,8 +161,7 @@ def test_a_process_killed_while_it_publishes_leaves_old_new_or_nothing(tmp_path,
         "from pathlib import Path; from octavo.packed import publish; "
         f"publish(Path({str(tmp_path / 'made')!r}), Path({str(tmp_path / 'run')!r}), 'int8')"
     )
-    environment = os.environ | {"OCTAVO_FAILPOINT": point}
-    assert subprocess.run([sys.executable, "-c", program], env=environment).returncode == 137
+    python(program, ends=137, env=os.environ | {"OCTAVO_FAILPOINT": point})
     if point == POINTS[0]:
         with pytest.raises(Exception, match="holds no int8 weights"):
             packed.open_packed(tmp_path / "run", "int8", "abc")

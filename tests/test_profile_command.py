@@ -3,15 +3,11 @@
 import json
 
 import pytest
+from command_kit import SMALL, figures, octavo, printed, sea_run
 
-from octavo import cli
 from octavo.explaining import profile, roofline
 
-TEXT = "She sells sea shells by the sea shore; the shells she sells are sea shells.\n" * 30
-SMALL = [
-    "model.block_size=16", "model.n_layer=2", "model.n_head=2", "model.d_model=32",
-    "train.max_steps=2", "train.micro_batch_size=8", "eval.windows=4", "log.sample_tokens=5",
-]  # fmt: skip
+LARGER = ["model.n_layer=2", "model.d_model=32", "train.max_steps=2", "train.micro_batch_size=8"]
 
 
 @pytest.fixture(autouse=True)
@@ -21,25 +17,14 @@ def _short(monkeypatch):
     monkeypatch.setitem(roofline.SIZES, "cpu", (64, 1 << 12))
 
 
-def octavo(*words):
-    """The exit code of a command called in this process."""
-    with pytest.raises(SystemExit) as ended:
-        cli.main([str(word) for word in words])
-    return ended.value.code or 0
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("profile")
-    (folder / "sea.txt").write_text(TEXT, encoding="utf-8")
-    assert octavo("train", folder / "sea.txt", *SMALL, "--out", folder / "sea", "--quiet") == 0
-    return folder / "sea"
+    return sea_run(tmp_path_factory.mktemp("profile"), *LARGER)
 
 
 def test_a_person_reads_where_the_time_goes(run, capsys):
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    assert octavo("profile", run, "--steps", "1", "--device", "cpu") == 0
-    said = capsys.readouterr().out
+    said = printed(capsys, "profile", run, "--steps", "1", "--device", "cpu")
     for part in ("tokens/s", "FLOP/s", "backward", "projections", "optimizer", "2 layers", "mm"):
         assert part in said
     table = said[said.index("part") : said.index("2 layers")]
@@ -51,8 +36,7 @@ def test_a_person_reads_where_the_time_goes(run, capsys):
 
 def test_figures_are_one_json_object(run, capsys, tmp_path):
     trace = tmp_path / "trace.json"
-    assert octavo("profile", run, "--steps", "1", "--json", "--trace", trace) == 0
-    facts = json.loads(capsys.readouterr().out)
+    facts = figures(capsys, "profile", run, "--steps", "1", "--trace", trace)
     assert sum(row["share"] for row in facts["rows"]) == pytest.approx(1)
     assert facts["flops"] == pytest.approx(sum(row["flops"] for row in facts["rows"]))
     assert facts["tokens_per_s"] == pytest.approx(facts["tokens"] / facts["seconds"])
@@ -71,20 +55,20 @@ def test_the_text_of_a_run_may_be_gone(run, capsys):
 
 def test_a_text_can_be_profiled_before_anything_is_trained(run, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert octavo("profile", run.parent / "sea.txt", *SMALL, "--steps", "1", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["what"] == "train"
+    words = [run.parent / "sea.txt", *SMALL, *LARGER, "--steps", "1"]
+    facts = figures(capsys, "profile", *words)
+    assert facts["what"] == "train"
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("engine", ["native", "torch"])
 def test_writing_is_profiled_on_the_engine_that_writes(run, capsys, monkeypatch, engine):
     monkeypatch.setenv("OCTAVO_ENGINE", engine)
-    assert octavo("profile", run, "--what", "generate", "--device", "cpu") == 0
-    said = capsys.readouterr().out
+    words = ["profile", run, "--what", "generate", "--device", "cpu"]
+    said = printed(capsys, *words)
     assert f"{engine} cpu" in said
     assert ("writing" if engine == "native" else "projections") in said
-    assert octavo("profile", run, "--what", "generate", "--device", "cpu", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["what"] == "generate"
+    assert figures(capsys, *words)["what"] == "generate"
 
 
 @pytest.mark.parametrize(

@@ -1,21 +1,12 @@
 """`octavo quantize`: a run's weights are packed, and what that costs is printed."""
 
-import json
-
 import pytest
+from command_kit import complaint, figures, octavo, printed, sea_run
 
-from octavo import cli
 from octavo.commands.quantize import read_share
 from octavo.errors import ConfigError
 from octavo.studies import quantize_cost, quantize_search
 from octavo.training.packing import pack_run
-
-TEXT = "She sells sea shells by the sea shore; the shells she sells are sea shells.\n" * 30
-SMALL = [
-    "model.block_size=16", "model.n_layer=1", "model.n_head=2", "model.d_model=32",
-    "train.max_steps=30", "train.micro_batch_size=8", "eval.windows=4", "log.sample_tokens=5",
-    "optim.lr=1e-2",
-]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -24,25 +15,15 @@ def _short(monkeypatch):
     monkeypatch.setenv("OCTAVO_ENGINE", "torch")
 
 
-def octavo(*words):
-    """The exit code of a command called in this process."""
-    with pytest.raises(SystemExit) as ended:
-        cli.main([str(word) for word in words])
-    return ended.value.code or 0
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("quantize")
-    (folder / "sea.txt").write_text(TEXT, encoding="utf-8")
-    assert octavo("train", folder / "sea.txt", *SMALL, "--out", folder / "sea", "--quiet") == 0
-    return folder / "sea"
+    more = ["model.d_model=32", "train.max_steps=30", "eval.every=30", "optim.lr=1e-2"]
+    return sea_run(tmp_path_factory.mktemp("quantize"), *more)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8", "int4", "auto"])
 def test_figures_are_one_json_object(run, capsys, precision):
-    assert octavo("quantize", run, "--to", precision, "--json") == 0
-    facts = json.loads(capsys.readouterr().out)
+    facts = figures(capsys, "quantize", run, "--to", precision)
     assert facts["perplexity"].keys() == {"before", "after", "rises_percent"}
     assert facts["kl_nats_per_token"] >= 0
     assert facts["tokens_per_s"].keys() >= {"before", "after"}
@@ -53,8 +34,7 @@ def test_figures_are_one_json_object(run, capsys, precision):
 
 def test_a_person_reads_size_price_and_speed(run, tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("She sells sea shells.\n" * 9, encoding="utf-8")
-    assert octavo("quantize", run, "--to", "int8", "--text", tmp_path / "mine.txt") == 0
-    said = capsys.readouterr().out
+    said = printed(capsys, "quantize", run, "--to", "int8", "--text", tmp_path / "mine.txt")
     for part in (
         "packed bytes",
         "perplexity: before",
@@ -72,16 +52,14 @@ def test_it_is_said_when_int4_is_slower_than_int8(run, capsys, monkeypatch):
     capsys.readouterr()
     speeds = {"before": 1.0, "after": 2.0, "int8": 3.0}
     monkeypatch.setattr(quantize_search, "tokens_per_second", lambda writers: speeds)
-    assert octavo("quantize", run, "--to", "int4") == 0
-    said = capsys.readouterr().out
+    said = printed(capsys, "quantize", run, "--to", "int4")
     assert "slower than int8" in said
     assert "slower than before" not in said
 
 
 def test_a_fixed_precision_only_warns(run, capsys, monkeypatch):
     monkeypatch.setattr(quantize_search, "WARN_ABOVE", -1.0)
-    assert octavo("quantize", run, "--to", "int4") == 0
-    assert "perplexity rises by" in capsys.readouterr().out
+    assert "perplexity rises by" in printed(capsys, "quantize", run, "--to", "int4")
 
 
 def test_auto_refuses_a_bound_no_mix_can_keep(run, capsys, monkeypatch):
@@ -106,10 +84,9 @@ def test_auto_refuses_a_bound_no_mix_can_keep(run, capsys, monkeypatch):
     ],
 )
 def test_what_cannot_be_is_one_line(run, capsys, words, said):
-    assert octavo("quantize", run, *words) in (2, 3)
-    error = capsys.readouterr().err
+    code, error = complaint(capsys, "quantize", run, *words)
+    assert code in (2, 3)
     assert said in error
-    assert error.count("\n") == 1
 
 
 def test_what_is_no_run_is_said(tmp_path, capsys):

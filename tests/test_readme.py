@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from command_kit import printed
 
 import octavo
 from octavo import cli
@@ -43,10 +44,7 @@ def readme() -> str:
 def help_page(capsys: pytest.CaptureFixture[str]) -> Callable[[str], str]:
     @cache
     def read(command: str) -> str:
-        with pytest.raises(SystemExit) as ended:
-            cli.main([command, "--help"])
-        assert ended.value.code == 0
-        return capsys.readouterr().out
+        return printed(capsys, command, "--help")
 
     return read
 

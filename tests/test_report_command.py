@@ -3,16 +3,9 @@
 import json
 
 import pytest
+from command_kit import complaint, figures, printed
 
-from octavo.cli import main
 from octavo.commands import report
-
-
-def octavo(*words):
-    """The exit code of a command called in this process."""
-    with pytest.raises(SystemExit) as ended:
-        main([str(word) for word in words])
-    return ended.value.code or 0
 
 
 @pytest.fixture
@@ -29,17 +22,14 @@ def runs(tmp_path, monkeypatch):
 
 
 def test_one_run_is_drawn_anew(runs, capsys):
-    assert octavo("report", "a") == 0
-    assert capsys.readouterr().out == "a/report.html\n"
+    assert printed(capsys, "report", "a") == "a/report.html\n"
     assert "Not finished: step 29" in (runs / "a" / "report.html").read_text(encoding="utf-8")
     assert (runs / "a" / "curve.png").exists()
 
 
 def test_several_runs_are_laid_over_each_other(runs, capsys):
-    assert octavo("report", "a", "b") == 0
-    assert capsys.readouterr().out == "comparison.html\n"
-    assert octavo("report", "b", "a", "--out", "all.html", "--json") == 0
-    assert json.loads(capsys.readouterr().out) == {"page": "all.html"}
+    assert printed(capsys, "report", "a", "b") == "comparison.html\n"
+    assert figures(capsys, "report", "b", "a", "--out", "all.html") == {"page": "all.html"}
     assert "a · b" in (runs / "comparison.html").read_text(encoding="utf-8")
     assert "b · a" in (runs / "all.html").read_text(encoding="utf-8")
 
@@ -55,12 +45,10 @@ def test_several_runs_are_laid_over_each_other(runs, capsys):
     ],
 )
 def test_what_cannot_be_drawn_is_one_line(runs, capsys, words, code, says):
-    assert octavo("report", *words) == code
-    said = capsys.readouterr().err
+    found, said = complaint(capsys, "report", *words)
+    assert found == code
     assert says in said
-    assert said.count("\n") == 1
 
 
 def test_its_help_page_shows_how(capsys):
-    assert octavo("report", "--help") == 0
-    assert report.PAGE.splitlines()[0] in capsys.readouterr().out
+    assert report.PAGE.splitlines()[0] in printed(capsys, "report", "--help")

@@ -8,13 +8,13 @@ weights are safetensors, all else is JSON. Reading needs no PyTorch.
 """
 
 import dataclasses
+import functools
 import itertools
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,7 @@ from octavo.manifest import (
     versions,
 )
 from octavo.settings import nearest
-from octavo.tensors import first_non_finite, read_parts, read_tensors, write_tensors
+from octavo.tensors import first_non_finite, read_arrays, read_parts, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,11 +64,14 @@ class Run:
         config: Config,
         tokenizer: "Tokenizer | None" = None,
         files: Mapping[str, bytes] | None = None,
+        weights: Mapping[str, "Tensor | np.ndarray"] | None = None,
+        facts: Mapping[str, Any] | None = None,
     ) -> "Run":
         """Make a new run; its directory appears whole: settings, tokenizer, other ``files``.
 
-        Raises `ConfigError` where something else already is or no path can be, `ResourceError`
-        where the file system refuses.
+        Where there are ``weights`` they are the checkpoint of step 0, with these ``facts``, and
+        training begins there. Raises `ConfigError` where something else already is or no path can
+        be, `ResourceError` where the file system refuses.
         """
         path = Path(path)
         refuse_occupied(path)
@@ -79,27 +82,10 @@ class Run:
             if tokenizer is not None:
                 tokenizer.save(temp / "tokenizer.json")
                 disk.sync(temp / "tokenizer.json")
+            if weights is not None:
+                cls(temp).save(0, weights, {}, {}, keep=1, facts=facts)
             disk.publish(temp, target)
         return cls(path)
-
-    @classmethod
-    def create_with_weights(
-        cls,
-        path: Path | str,
-        config: Config,
-        tokenizer: "Tokenizer | None",
-        files: Mapping[str, bytes],
-        weights: Mapping[str, "Tensor | np.ndarray"],
-        facts: Mapping[str, Any] | None = None,
-    ) -> "Run":
-        """Like `create`, with ``weights`` as the checkpoint of step 0: training begins there."""
-        refuse_occupied(Path(path))
-        target = Path(os.path.realpath(path))
-        with disk.errors(f"create the run {path}"), disk.scratch(target.parent, "run") as temp:
-            run = cls.create(temp / "run", config, tokenizer, files)
-            run.save(0, weights, {}, {}, keep=1, facts=facts)
-            disk.publish(run.path, target)
-        return cls(Path(path))
 
     @classmethod
     def open(cls, path: Path | str) -> "Run":
@@ -120,12 +106,12 @@ class Run:
         inside = path.match("checkpoints/step-*") and disk.exists(above / "config.yaml")
         return cls(above, pinned=path) if inside else None
 
-    @cached_property
+    @functools.cached_property
     def config(self) -> Config:
         """Every setting of the run."""
         return load_config(self.path / "config.yaml")
 
-    @cached_property
+    @functools.cached_property
     def tokenizer(self) -> "Tokenizer | None":
         """The run's tokenizer; None where its data came as ids."""
         path = self.path / "tokenizer.json"
@@ -179,28 +165,22 @@ class Run:
 
         The kernel drops the lock when its holder ends, however it ends: it is never left stale.
         """
-        with disk.errors(f"lock the run {self.path}"):
-            lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            self._take(lock)
-            yield
-        finally:
-            os.close(lock)
-
-    def _take(self, lock: int) -> None:
         import fcntl  # POSIX only, and only training needs it
 
         with disk.errors(f"lock the run {self.path}"):
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ConfigError(
-                    f"the run is being trained by process {os.read(lock, 20).decode().strip()}",
-                    f"in {self.path}",
-                    "wait for it, stop it, or choose another --out",
-                ) from None
-            os.ftruncate(lock, 0)
-            os.write(lock, f"{os.getpid()}\n".encode())
+            lock = (self.path / "lock").open("ab+", buffering=0)
+        with lock:
+            with disk.errors(f"lock the run {self.path}"):
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    lock.seek(0)
+                    what = f"the run is being trained by process {lock.read(20).decode().strip()}"
+                    fix = "wait for it, stop it, or choose another --out"
+                    raise ConfigError(what, f"in {self.path}", fix) from None
+                lock.truncate(0)
+                lock.write(f"{os.getpid()}\n".encode())
+            yield
 
     def save(
         self,
@@ -242,7 +222,7 @@ class Run:
                     facts=dict(facts or {}),
                     versions=versions(),
                 )
-                disk.write_synced(temp / MANIFEST, seal(manifest))
+                disk.write_synced(temp / MANIFEST, seal(dataclasses.asdict(manifest)))
                 path = _unused(self.folder / name)
                 disk.publish(temp, path)
         self._retire(keep)
@@ -309,26 +289,25 @@ class Checkpoint:
         return self.manifest.step
 
     def model_arrays(self) -> dict[str, np.ndarray]:
-        """The weights by name, without PyTorch; bfloat16 comes as float32, number for number."""
-        return self._read(MODEL, "np", "cpu")
+        """The weights by name, without PyTorch, as `read_arrays` gives them."""
+        return self._read(MODEL, read_arrays)
 
-    def model_tensors(self, device: str = "cpu") -> "dict[str, Tensor]":
+    def model_tensors(self) -> "dict[str, Tensor]":
         """The weights for ``load_state_dict``; tied ones come under each of their names."""
-        return self._read(MODEL, "pt", device)
+        return self._read(MODEL, read_tensors)
 
-    def optimizer_tensors(self, device: str = "cpu") -> "dict[str, Tensor]":
+    def optimizer_tensors(self) -> "dict[str, Tensor]":
         """The optimizer's tensors as `Run.save` was given them; in one piece where several
         processes saved them in parts.
         """
         if INDEX not in self.manifest.files:
-            return self._read(OPTIMIZER, "pt", device)
-        with naming_a_way_out(self.path):
-            index = verified(self.path, self.manifest, INDEX)
-            return read_parts(index, lambda name: verified(self.path, self.manifest, name))
+            return self._read(OPTIMIZER, read_tensors)
+        find = functools.partial(verified, self.path, self.manifest)
+        return self._read(INDEX, lambda index: read_parts(index, find))
 
-    def _read(self, name: str, framework: str, device: str) -> dict[str, Any]:
+    def _read(self, name: str, reader: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
         with naming_a_way_out(self.path):
-            return read_tensors(verified(self.path, self.manifest, name), framework, device)
+            return reader(verified(self.path, self.manifest, name))
 
 
 def weights_sha256(checkpoint: Path) -> str:

@@ -106,9 +106,10 @@ def _dispatch(words: list[str]) -> int:
         raise ConfigError(f"unknown command {command!r}", fix=fix)
     name = f"{command}_" if keyword.iskeyword(command) else command.replace("-", "_")
     module = importlib.import_module(f"octavo.commands.{name}")
-    parser = _parser(command, module, full="--help" in rest or "-h" in rest)
+    takes_settings = getattr(module, "TAKES_SETTINGS", False)
+    parser = _parser(command, module, takes_settings and bool({"--help", "-h"} & set(rest)))
     args, settings = _parse(parser, rest)
-    if settings and not module.TAKES_SETTINGS:
+    if settings and not takes_settings:
         raise ConfigError(f"{settings[0]!r} is a training setting", fix="leave it out here")
     module.run(args, settings)
     return 0
@@ -120,7 +121,7 @@ def _parser(command: str, module: ModuleType, full: bool) -> argparse.ArgumentPa
         prog=f"octavo {command}",
         usage=f"octavo {command} {module.WORDS} [options]",
         description=module.PAGE,
-        epilog=_settings_page() if full and module.TAKES_SETTINGS else None,
+        epilog=_settings_page() if full else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

@@ -89,6 +89,9 @@ class TrainConfig(Group, path="train"):
 
     max_steps: Whole = 2000
     """Optimizer steps."""
+    budget: Annotated[float, (0, 2**40)] = 0.0
+    """Seconds from start to exit: the schedule then follows the clock, and max_steps is only the
+    first guess at how many steps that will be; 0: no clock."""
     micro_batch_size: Count = 32
     """Rows in one forward pass."""
     grad_accum: Count = 1

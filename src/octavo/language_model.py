@@ -3,7 +3,6 @@
 Nothing here imports torch until something needs it.
 """
 
-import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -16,9 +15,9 @@ from octavo.checkpoint import Run, weights_sha256
 from octavo.config import FinetuneConfig, ModelConfig
 from octavo.errors import CheckpointError, ConfigError, DataError
 from octavo.generating.choosing import ENGINES, choose_device, native_model
-from octavo.generating.sampling import PRESETS, Sampling
+from octavo.generating.sampling import Sampling, make_sampling
 from octavo.generating.speculative import LookupDrafter, ModelDrafter, Pace, SpeculativeEngine
-from octavo.generating.writing import Engine, Piece, write
+from octavo.generating.writing import Engine, complete, start_ids, write
 from octavo.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -188,9 +187,7 @@ class LanguageModel:
         holds fields of `Sampling`, or ``preset``. Without a text the model starts a new one.
         """
         prompts = [text] if text is None or isinstance(text, str) else list(text)
-        rows = ["" for _ in range(len(prompts) * n)]
-        for piece in self._write(prompts, max_new_tokens, stop, n, sampling):
-            rows[piece.row] += piece.text
+        rows = complete(*self._prepare(prompts, n, sampling), max_new_tokens, stop, n)
         return rows[0] if n == 1 and (text is None or isinstance(text, str)) else rows
 
     def stream(
@@ -201,7 +198,7 @@ class LanguageModel:
         **sampling: Any,
     ) -> Iterator[str]:
         """Like `generate`, in pieces of whole characters as they are written."""
-        for piece in self._write([text], max_new_tokens, stop, 1, sampling):
+        for piece in write(*self._prepare([text], 1, sampling), max_new_tokens, stop):
             if piece.text:
                 yield piece.text
 
@@ -212,8 +209,7 @@ class LanguageModel:
         rows: list[list[int]] = [[] for _ in prompts]
         settings = make_sampling(**sampling)
         engine = self._engine(len(prompts))
-        ids = [list(prompt) for prompt in prompts]
-        for piece in write(engine, self._tokenizer, ids, settings, max_new_tokens):
+        for piece in write(engine, self._tokenizer, prompts, settings, max_new_tokens):
             if piece.id is not None:
                 rows[piece.row].append(piece.id)
         return rows
@@ -285,18 +281,13 @@ class LanguageModel:
         windows = strided_windows(ids, block_size, stride or max(block_size // 2, 1))
         return score_windows(self.model, *windows, self.tokenizer.byte_lengths())
 
-    def _write(
-        self,
-        prompts: Sequence[str | None],
-        max_new_tokens: int,
-        stop: Sequence[str],
-        n: int,
-        sampling: dict[str, Any],
-    ) -> Iterator[Piece]:
+    def _prepare(
+        self, prompts: Sequence[str | None], n: int, sampling: dict[str, Any]
+    ) -> tuple[Engine, Tokenizer, list[list[int]], Sampling]:
+        """The first four arguments of `write`."""
         settings = make_sampling(**sampling)
         ids = [start_ids(self.tokenizer, prompt) for prompt in prompts]
-        engine = self._engine(len(ids) * n)
-        return write(engine, self.tokenizer, ids, settings, max_new_tokens, list(stop), n)
+        return self._engine(len(ids) * n), self.tokenizer, ids, settings
 
     def _engine(self, rows: int) -> Engine:
         """What writes so many rows, with drafts where they were chosen."""
@@ -336,38 +327,13 @@ class LanguageModel:
 
 def check_same_tokens(lm: LanguageModel, draft: LanguageModel) -> None:
     """Raise `DataError` where the ids of the two mean different things."""
-    hashes = [m.tokenizer.fingerprint if m.has_tokenizer else "none" for m in (lm, draft)]
-    if hashes[0] != hashes[1] or (
-        not lm.has_tokenizer and lm.config.vocab_size != draft.config.vocab_size
-    ):
+    hashes = [
+        m.tokenizer.fingerprint if m.has_tokenizer else f"of none, for {m.config.vocab_size} ids"
+        for m in (lm, draft)
+    ]
+    if hashes[0] != hashes[1]:
         raise DataError(
             f"the draft's tokenizer has the SHA-256 {hashes[1]}, the model's {hashes[0]}",
             f"in {draft.home}",
             "octavo train RUN --draft trains one that fits",
         )
-
-
-def make_sampling(preset: str | None = None, **settings: Any) -> Sampling:
-    """Sampling settings: a preset's, and any named one over it."""
-    if preset is not None and preset not in PRESETS:
-        raise ConfigError(f"unknown preset {preset!r}", fix=f"known: {', '.join(PRESETS)}")
-    base = PRESETS[preset] if preset is not None else Sampling()
-    known = {field.name for field in dataclasses.fields(Sampling)}
-    for name in settings:
-        if name not in known:
-            raise ConfigError(f"unknown sampling setting {name!r}", fix=f"known: {sorted(known)}")
-    return dataclasses.replace(base, **settings)
-
-
-def start_ids(tokenizer: Tokenizer, prompt: str | None) -> list[int]:
-    """The prompt's ids; without one, what a new text begins after: end-of-text, or a newline."""
-    if prompt is None and tokenizer.eot_id is not None:
-        return [tokenizer.eot_id]
-    if prompt == "":
-        raise ConfigError("the prompt is empty", fix="give some text, or no prompt at all")
-    if prompt is None:
-        try:
-            return tokenizer.encode("\n")
-        except ValueError:
-            return [0]  # a vocabulary without a newline: any first symbol will do
-    return tokenizer.encode(prompt)

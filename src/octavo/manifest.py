@@ -1,7 +1,6 @@
 """What makes a checkpoint whole: a manifest with the size and SHA-256 of each of its files.
 
-A keyless hash stops accidents, not attackers; but nothing in a checkpoint could run: weights are
-safetensors, all else is JSON. Damage raises `CheckpointError`, which names the file.
+Damage raises `CheckpointError`, which names the file.
 """
 
 import functools
@@ -10,7 +9,7 @@ import importlib.metadata
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,22 +38,14 @@ class Manifest:
     format: int = FORMAT
 
     def __post_init__(self) -> None:
-        kinds = (
-            (self.step, int),
-            (self.order, int),
-            (self.files, dict),
-            (self.config["model"], dict),
-        )
-        if not all(isinstance(value, kind) for value, kind in kinds):
+        whole = isinstance(self.step, int) and isinstance(self.order, int)
+        mappings = isinstance(self.files, dict) and isinstance(self.config["model"], dict)
+        if not (whole and mappings):
             raise TypeError("a field has another type")
 
 
-def seal(manifest: Manifest) -> bytes:
-    """The bytes of manifest.json: the manifest and the SHA-256 of its own JSON."""
-    return _sealed(asdict(manifest))
-
-
-def _sealed(content: Mapping[str, Any]) -> bytes:
+def seal(content: Mapping[str, Any]) -> bytes:
+    """The bytes of manifest.json: a manifest's fields and the SHA-256 of their own JSON."""
     return to_json({**content, "sha256": hashlib.sha256(to_json(content)).hexdigest()})
 
 
@@ -66,7 +57,7 @@ def read_manifest(path: Path) -> Manifest:
     try:
         content = read_json(path / MANIFEST)
         content.pop("sha256", None)
-        if _sealed(content) != (path / MANIFEST).read_bytes():
+        if seal(content) != (path / MANIFEST).read_bytes():
             raise CheckpointError(f"{MANIFEST} is damaged", f"in {path}")
         if content.get("format") != FORMAT:
             what = f"the checkpoint has format {content.get('format')}, this octavo reads {FORMAT}"
@@ -95,14 +86,19 @@ def verify(path: Path) -> Manifest:
 
 def verified(path: Path, manifest: Manifest, name: str) -> Path:
     """The file ``name`` of the checkpoint at ``path``, after comparing its SHA-256."""
+    return compared(path / name, manifest.files.get(name, {}))
+
+
+def compared(file: Path, said: Any) -> Path:
+    """The file, after comparing its `fingerprint` with what was ``said`` of it."""
     try:
-        said, found = manifest.files[name], fingerprint(path / name)
-    except (OSError, LookupError) as error:
-        raise CheckpointError(f"cannot read {name}: {error}", f"in {path}") from None
+        found, wanted = fingerprint(file), said["sha256"][:16]
+    except (OSError, LookupError, TypeError) as error:
+        raise CheckpointError(f"cannot read {file.name}: {error}", f"in {file.parent}") from None
     if said != found:
-        digests = f"{found['sha256'][:16]}..., not {said['sha256'][:16]}..."
-        raise CheckpointError(f"{name} is damaged: its SHA-256 is {digests}", f"in {path}")
-    return path / name
+        what = f"{file.name} is damaged: its SHA-256 is {found['sha256'][:16]}..., not {wanted}..."
+        raise CheckpointError(what, f"in {file.parent}")
+    return file
 
 
 def fingerprint(path: Path) -> dict[str, Any]:

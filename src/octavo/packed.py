@@ -27,18 +27,17 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from octavo import disk
 from octavo.errors import CheckpointError, ConfigError
-from octavo.manifest import fingerprint, read_json, to_json
+from octavo.manifest import compared, fingerprint, read_json, to_json
+from octavo.tensors import DTYPES, map_tensors
 
 FORMAT, VERSION = "octavo-packed", "1"
 SCALE = ".scale"
 ROWS = 16  # of a panel
 ALIGNMENT = 64  # a cache line, and the widest vector register
 PRECISIONS = ("fp16", "int8", "int4", "auto")  # auto: a mix of int8 and int4
-DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I8": "|i1", "U8": "|u1"}
 SAFETENSORS_NAMES = {kind: name for name, kind in DTYPES.items()}
 Kind = tuple[str, tuple[int, ...]]
 """The numpy type, e.g. ``<f4``, and the shape of an array."""
@@ -107,15 +106,9 @@ class Packed:
     """A packed file whose SHA-256 was compared; its tensors are views of the mapped file."""
 
     path: Path
-    precision: str
-    group: int
-    """Columns that share a scale in int4, where the width allows it; 0: there is no int4."""
-    weights_sha256: str
     tensors: dict[str, Stored]
     tied: dict[str, str]
     """For each name that shares another's tensor, that other."""
-    facts: dict[str, Any]
-    """What the JSON file says."""
 
 
 def dequantize(values: np.ndarray, scale: np.ndarray | None) -> np.ndarray:
@@ -149,28 +142,6 @@ def _panels(array: np.ndarray) -> np.ndarray:
     return np.pad(array, padding).reshape(-1, ROWS, *array.shape[1:])
 
 
-def map_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """A safetensors file's tensors, as read-only views of the mapped file, and its metadata.
-
-    bfloat16 comes as its bits, uint16. Raises `CheckpointError` for anything but a sound file.
-    """
-    try:
-        with safe_open(path, framework="np"):  # the library looks for overlaps, gaps and ends
-            mapped = np.memmap(path, mode="r")
-        start = 8 + int.from_bytes(mapped[:8].tobytes(), "little")
-        header = json.loads(mapped[8:start].tobytes())
-        metadata = header.pop("__metadata__", {})
-        arrays = {}
-        for name, tensor in header.items():
-            first, end = (start + offset for offset in tensor["data_offsets"])
-            view = np.asarray(mapped[first:end]).view(DTYPES[tensor["dtype"]])
-            arrays[name] = view.reshape(tensor["shape"])
-        return arrays, metadata
-    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"cannot map {path.name}: {reason}", f"in {path.parent}") from None
-
-
 def stream_tensors(
     path: Path,
     layout: Mapping[str, Kind],
@@ -198,15 +169,12 @@ def stream_tensors(
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [first, end]}
     head = json.dumps(header).encode()
     head += b" " * (-(8 + len(head)) % ALIGNMENT)
-    written = set()
     with path.open("wb") as file:
         file.write(len(head).to_bytes(8, "little") + head)
         for name, array in arrays:
             assert (array.dtype.str, array.shape) == layout[name], name
             file.seek(8 + len(head) + header[name]["data_offsets"][0])
             file.write(np.ascontiguousarray(array).data)
-            written.add(name)
-    assert written == set(layout)
     disk.sync(path)
 
 
@@ -245,17 +213,13 @@ def write_packed(
     metadata["tensors"] = json.dumps({name: [*kept, shape] for name, (kept, shape) in plan.items()})
     path.parent.mkdir(exist_ok=True)
     stream_tensors(path, layout, arrays, metadata)
-    write_facts(path, {**facts, "file": fingerprint(path)})
-
-
-def write_facts(path: Path, facts: Mapping[str, Any]) -> None:
-    """Write the JSON file beside the packed file ``path``."""
-    disk.write_atomic(path.with_suffix(".json"), to_json(facts))
+    disk.write_atomic(path.with_suffix(".json"), to_json({**facts, "file": fingerprint(path)}))
 
 
 def add_facts(path: Path, figures: Mapping[str, Any]) -> None:
     """Write ``figures`` into the JSON file beside the packed file ``path``, too."""
-    write_facts(path, read_json(path.with_suffix(".json")) | dict(figures))
+    facts = read_json(path.with_suffix(".json"))
+    disk.write_atomic(path.with_suffix(".json"), to_json({**facts, **figures}))
 
 
 def publish(made: Path, run: Path, precision: str) -> None:
@@ -283,47 +247,28 @@ def open_packed(run: Path, precision: str, weights_sha256: str) -> Packed:
     if not disk.exists(path.with_suffix(".json")):
         raise ConfigError(f"{run} holds no {precision} weights", fix=f"pack them: {again}")
     try:
-        facts = _verified_facts(path)
-        return _open(path, facts, weights_sha256)
+        return _open(path, weights_sha256)
     except CheckpointError as error:
         raise CheckpointError(error.what, error.where, f"pack them again: {again}") from None
 
 
-def _verified_facts(path: Path) -> dict[str, Any]:
-    """What the JSON file says, once the packed file was seen to be the one it speaks of."""
-    facts = read_json(path.with_suffix(".json"))
+def _open(path: Path, weights_sha256: str) -> Packed:
+    facts, where = read_json(path.with_suffix(".json")), f"in {path.parent}"
     version = facts.get("format"), facts.get("version")
     if version != (FORMAT, VERSION):
         what = f"{path.name} has the format {' '.join(map(str, version))}"
-        raise CheckpointError(f"{what}, this octavo reads {FORMAT} {VERSION}", f"in {path.parent}")
-    try:
-        found, said = fingerprint(path), dict(facts["file"])
-    except (OSError, LookupError, TypeError, ValueError) as error:
-        raise CheckpointError(f"cannot verify {path.name}: {error}", f"in {path.parent}") from None
-    if found != said:
-        what = f"{path.name} is damaged: {found['bytes']} bytes, SHA-256 {found['sha256'][:16]}..."
-        wanted = f"{said.get('bytes')} and {str(said.get('sha256'))[:16]}..."
-        raise CheckpointError(f"{what}, not {wanted}", f"in {path.parent}")
-    return facts
-
-
-def _open(path: Path, facts: dict[str, Any], weights_sha256: str) -> Packed:
-    arrays, metadata = map_tensors(path)
-    where = f"in {path.parent}"
+        raise CheckpointError(f"{what}, this octavo reads {FORMAT} {VERSION}", where)
+    arrays, metadata = map_tensors(compared(path, facts.get("file", {})))
     made_from = metadata.get("weights_sha256", "")
     if made_from != weights_sha256:
         what = f"{path.name} was packed from weights with the SHA-256 {made_from[:16]}..."
         raise CheckpointError(f"{what}, the run's are now {weights_sha256[:16]}...", where)
     try:
-        return Packed(
-            path=path,
-            precision=facts["precision"],
-            group=int(metadata["group"]),
-            weights_sha256=made_from,
-            tensors=_described(arrays, json.loads(metadata["tensors"])),
-            tied=json.loads(metadata["tied"]),
-            facts=facts,
-        )
+        tensors = _described(arrays, json.loads(metadata["tensors"]))
+        tied = json.loads(metadata["tied"])
+        if not tensors.keys() >= set(tied.values()):
+            raise ValueError("a name is tied to nothing")
+        return Packed(path, tensors, tied)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{path.name} is not ours: {error}", where) from None
 

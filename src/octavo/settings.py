@@ -129,9 +129,8 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
     if settings is None:
         return {}
     if not isinstance(settings, dict):
-        raise ConfigError(
-            "a configuration is a mapping of sections", f"in {path}", "start with 'model:'"
-        )
+        what = "a configuration is a mapping of sections"
+        raise ConfigError(what, f"in {path}", "start with 'model:'")
     return settings
 
 
@@ -256,8 +255,7 @@ def unknown_key(
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that looks most like ``name``, if any does."""
-    matches = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
-    return matches[0] if matches else None
+    return next(iter(difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)), None)
 
 
 def shown(value: Any) -> str:
@@ -271,11 +269,8 @@ def shown(value: Any) -> str:
 
 def _group(name: str, values: Any, where: str) -> Mapping[Any, Any]:
     if values is not None and not isinstance(values, Mapping):
-        raise ConfigError(
-            f"{name} is {shown(values)}, not settings",
-            where,
-            f"write '{name}.NAME=VALUE', or '{name}: {{NAME: VALUE}}' in YAML",
-        )
+        fix = f"write '{name}.NAME=VALUE', or '{name}: {{NAME: VALUE}}' in YAML"
+        raise ConfigError(f"{name} is {shown(values)}, not settings", where, fix)
     return values or {}
 
 
@@ -298,20 +293,15 @@ class _StrictLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
-            raise yaml.composer.ComposerError(
-                None, None, "anchors and aliases are not supported", event.start_mark
-            )
+            problem = "anchors and aliases are not supported"
+            raise yaml.composer.ComposerError(None, None, problem, self.peek_event().start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen = set()
-        for key_node, _ in node.value:
-            key = getattr(key_node, "value", None)
-            if isinstance(key, str) and key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key '{key}' stands twice", key_node.start_mark
-                )
-            if isinstance(key, str):
-                seen.add(key)
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                problem = f"the key '{key.value}' stands twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(key.value)
         return super().construct_mapping(node, deep)

@@ -7,14 +7,21 @@ is imported only where PyTorch's tensors are written or asked for.
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, deserialize, safe_open
+from safetensors import SafetensorError, safe_open
 
 from octavo.errors import CheckpointError
+
+DTYPES = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I8": "|i1",
+    "U8": "|u1", "BOOL": "|b1",
+}  # fmt: skip
+"""numpy's types by the format's names; of bfloat16, which it has not, the bits."""
 
 
 def first_non_finite(tensors: Mapping[str, Any]) -> str | None:
@@ -64,34 +71,59 @@ def _untie(tensors: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     return stored, tied
 
 
-def read_tensors(path: Path, framework: str = "np", device: str = "cpu") -> dict[str, Any]:
-    """Read as numpy arrays ("np") or PyTorch tensors ("pt").
+def read_tensors(path: Path) -> dict[str, Any]:
+    """As PyTorch's. Raises `CheckpointError` for anything but a sound safetensors file."""
+    with _reading(path), safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return _tie(tensors, file.metadata() or {})
 
-    numpy has no bfloat16: there it comes as float32, number for number. Raises `CheckpointError`
-    for anything but a sound safetensors file.
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The views of `map_tensors`, whose errors these are; but bfloat16, which numpy has not, comes
+    as float32, number for number.
     """
+    arrays, metadata = map_tensors(path)
+    for name, array in arrays.items():
+        if array.dtype == np.uint16:  # the upper half of a float32
+            arrays[name] = (array.astype(np.uint32) << 16).view(np.float32)
+    with _reading(path):
+        return _tie(arrays, metadata)
+
+
+def map_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """A safetensors file's tensors, as read-only views of the mapped file, and its metadata.
+
+    bfloat16 comes as its bits, uint16. Raises `CheckpointError` for anything but a sound file.
+    """
+    with _reading(path):
+        with safe_open(path, framework="np"):  # the library looks for overlaps, gaps and ends
+            mapped = np.memmap(path, mode="r")
+        start = 8 + int.from_bytes(mapped[:8].tobytes(), "little")
+        header = json.loads(mapped[8:start].tobytes())
+        metadata = header.pop("__metadata__", {})
+        arrays = {}
+        for name, tensor in header.items():
+            first, end = (start + offset for offset in tensor["data_offsets"])
+            view = np.asarray(mapped[first:end]).view(DTYPES[tensor["dtype"]])
+            arrays[name] = view.reshape(tensor["shape"])
+        return arrays, metadata
+
+
+def _tie(tensors: dict[str, Any], metadata: Mapping[str, str]) -> dict[str, Any]:
+    tied = json.loads(metadata.get("tied", "{}"))
+    return tensors | {name: tensors[owner] for name, owner in tied.items()}
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn whatever a broken file leads to into a `CheckpointError`."""
     try:
-        with safe_open(path, framework=framework, device=device) as file:
-            tied = json.loads((file.metadata() or {}).get("tied", "{}"))
-            kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
-            plain = [n for n, kind in kinds.items() if framework == "pt" or kind != "BF16"]
-            tensors = {name: file.get_tensor(name) for name in plain}
-        if len(plain) < len(kinds):
-            tensors |= _widened(path)
-        return tensors | {name: tensors[owner] for name, owner in tied.items()}
-    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        yield
+    except (
+        SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError
+    ) as error:  # fmt: skip
         reason = " ".join(str(error).split())
         raise CheckpointError(f"cannot read {path.name}: {reason}", f"in {path.parent}") from None
-
-
-def _widened(path: Path) -> dict[str, np.ndarray]:
-    """The bfloat16 tensors of a file as float32, whose upper half bfloat16 is."""
-    tensors = {}
-    for name, raw in deserialize(path.read_bytes()):
-        if raw["dtype"] == "BF16":
-            wide = np.frombuffer(raw["data"], "<u2").astype("<u4") << 16
-            tensors[name] = wide.view("<f4").reshape(raw["shape"])
-    return tensors
 
 
 def read_parts(index: Path, find: Callable[[str], Path]) -> dict[str, Any]:
@@ -105,11 +137,11 @@ def read_parts(index: Path, find: Callable[[str], Path]) -> dict[str, Any]:
 
     whole: dict[str, Any] = {}
     filled: Counter[str] = Counter()
-    try:
+    with _reading(index):
         content = json.loads(index.read_bytes())
         numbers = {name: math.prod(shape) for name, shape in content["shapes"].items()}
         for file, places in content["files"].items():
-            parts = read_tensors(find(file), "pt")
+            parts = read_tensors(find(file))
             for name, place in places.items():
                 part = parts[name]
                 if name not in whole:
@@ -117,9 +149,6 @@ def read_parts(index: Path, find: Callable[[str], Path]) -> dict[str, Any]:
                 region = [slice(i, i + n) for i, n in zip(place, part.shape, strict=True)]
                 whole[name][tuple(region)] = part
                 filled[name] += part.numel()
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"cannot read {index.name}: {reason}", f"in {index.parent}") from None
     for name, wanted in numbers.items():
         if filled[name] != wanted:
             what = f"{name} has {filled[name]:,} numbers in all parts, not {wanted:,}"

@@ -153,9 +153,9 @@ def test_the_figures_are_those_computed_by_hand():
     report = Report(["a", "b", "c", "d"], confusion)
     assert report.accuracy == 4 / 8
     assert report.support.tolist() == [4, 3, 1, 0]
-    assert report.precision.tolist() == [2 / 3, 2 / 4, 0, 0]
-    assert report.recall.tolist() == [2 / 4, 2 / 3, 0, 0]
-    np.testing.assert_allclose(report.f1, [4 / 7, 4 / 7, 0, 0], atol=1e-15)
+    assert report.columns["precision"].tolist() == [2 / 3, 2 / 4, 0, 0]
+    assert report.columns["recall"].tolist() == [2 / 4, 2 / 3, 0, 0]
+    np.testing.assert_allclose(report.columns["f1"], [4 / 7, 4 / 7, 0, 0], atol=1e-15)
     assert report.macro_f1 == pytest.approx((4 / 7 + 4 / 7 + 0) / 3)
     figures = report.to_dict()
     assert figures["confusion"] == confusion.tolist()

@@ -6,12 +6,13 @@ growth that forgets them would pass.
 
 import pytest
 import torch
+from model_kit import random_model
 
 from octavo.adapting import grow as growing
 from octavo.adapting.grow import TOLERANCE, grow
 from octavo.adapting.lora import add_adapter
 from octavo.errors import ConfigError, ParityError
-from octavo.model.gpt import GPT, cross_entropy
+from octavo.model.gpt import cross_entropy
 from octavo.model_config import ModelConfig, RopeScaling
 
 SMALL = dict(vocab_size=17, block_size=16, n_layer=2, n_head=4, d_model=16, d_ff=24)
@@ -36,12 +37,7 @@ GROWTHS = {
 
 
 def make(seed=0, **switches):
-    torch.manual_seed(seed)
-    model = GPT(ModelConfig(**(SMALL | switches)))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.dim() > 1 else 0.2))
-    return model.eval()
+    return random_model(ModelConfig(**(SMALL | switches)), seed)
 
 
 def ids(length=16):

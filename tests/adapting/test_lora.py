@@ -5,13 +5,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from model_kit import perturb
 from torch import nn
 
 from octavo.adapting.lora import (
     LoRALinear,
-    adapter_state,
+    adapted_layers,
     add_adapter,
-    load_adapter_state,
     merge,
     trainable_parameters,
     unmerge,
@@ -19,7 +19,7 @@ from octavo.adapting.lora import (
 )
 from octavo.adapting.surgery import linear_layers, swap_linear
 from octavo.config import ModelConfig, OptimConfig
-from octavo.errors import CheckpointError, ConfigError
+from octavo.errors import ConfigError
 from octavo.model.gpt import GPT, cross_entropy
 from octavo.training.optim import build_optimizer, set_lr
 
@@ -41,16 +41,6 @@ def make_base():
 @pytest.fixture
 def model():
     return make_base()
-
-
-def perturb(module, seed=7, only=""):
-    """Move every parameter away from where it began: a B of zeros would hide every mistake."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if only in name:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    return module
 
 
 def near(given, wanted, tolerance=1e-5):
@@ -146,7 +136,7 @@ def test_names_that_cannot_be(model):
     with pytest.raises(ConfigError, match="no adapter 'voice'; it has: voice-2"):
         use_adapters(model, {"voice": 1.0})
     with pytest.raises(ConfigError, match="no adapter 'default'; add one"):
-        adapter_state(GPT(ModelConfig(**SMALL)))
+        adapted_layers(GPT(ModelConfig(**SMALL)), "default")
 
 
 def test_a_head_that_is_also_the_embedding_is_refused(model):
@@ -171,7 +161,7 @@ def test_only_adapters_are_trained_and_the_base_stands_still(model, ids):
     assert len(adapters) == 2 * 7 * 2
     after = {name.replace(".base.", "."): tensor for name, tensor in model.state_dict().items()}
     assert all(torch.equal(after[name], tensor) for name, tensor in base.items())
-    assert all(matrix.any() for matrix in adapter_state(model).values())
+    assert all(p.any() for n, p in model.named_parameters() if "lora_" in n)
 
 
 def test_several_adapters_are_switched_and_added_by_weight(model, ids):
@@ -186,9 +176,9 @@ def test_several_adapters_are_switched_and_added_by_weight(model, ids):
         layers = dict(linear_layers(summed))
         with torch.no_grad():
             for name, weight in weights.items():
-                state, scale = adapter_state(model, name), {"a": 4 / 2, "b": 1 / 3}[name]
-                for path in {key.rpartition(".")[0] for key in state}:
-                    product = state[f"{path}.lora_B"] @ state[f"{path}.lora_A"]
+                scale = {"a": 4 / 2, "b": 1 / 3}[name]
+                for path, layer in adapted_layers(model, name).items():
+                    product = layer.lora_B[name] @ layer.lora_A[name]
                     layers[path].weight += weight * scale * product
         return summed(ids)
 
@@ -283,49 +273,12 @@ def test_dropout_falls_on_what_the_adapter_reads_and_not_on_the_base(model):
     layer = model.blocks[0].attn.q_proj.train()
     x = torch.randn(6, 16)
     assert torch.equal(layer(x), layer.base(x))  # B is zero: whatever fell, the base did not
-    perturb(layer, only="lora_")
+    perturb(layer, only="lora_").train()
     torch.manual_seed(3)
     given = layer(x) - layer.base(x)
     torch.manual_seed(3)
     wanted = F.dropout(x, 0.5) @ layer.lora_A["default"].T @ layer.lora_B["default"].T * 4.0
     assert near(given, wanted)
-
-
-def test_state_round_trip(model, ids):
-    add_adapter(model, "voice", rank=3, targets=["q_proj", "up_proj"])
-    perturb(model, only="lora_")
-    state = adapter_state(model, "voice")
-    assert list(state)[:2] == ["blocks.0.attn.q_proj.lora_A", "blocks.0.attn.q_proj.lora_B"]
-    saved = {name: tensor.clone() for name, tensor in state.items()}
-    wanted = model(ids)
-    perturb(model, seed=8, only="lora_")
-    assert not near(model(ids), wanted, 1e-3)
-    load_adapter_state(model, saved, "voice")
-    assert torch.equal(model(ids), wanted)
-    other = make_base()
-    add_adapter(other, rank=3, targets=["q_proj", "up_proj"])
-    load_adapter_state(other, saved)
-    assert torch.equal(other(ids), wanted)
-
-
-def test_a_state_that_does_not_fit_is_refused_whole(model):
-    add_adapter(model, rank=3, targets=["q_proj", "v_proj"])
-    state = {name: torch.ones_like(tensor) for name, tensor in adapter_state(model).items()}
-    before = {name: tensor.clone() for name, tensor in adapter_state(model).items()}
-    last = "blocks.1.attn.v_proj.lora_B"
-    lacking = {name: tensor for name, tensor in state.items() if name != last}
-    refused = {
-        rf"lacks {last}": lacking,
-        r"blocks\.9\.attn\.q_proj\.lora_A has no place": state
-        | {"blocks.9.attn.q_proj.lora_A": torch.ones(3, 16)},
-        rf"{last} has shape \(8, 4\), not \(8, 3\)": state | {last: torch.ones(8, 4)},
-        rf"{last} has shape \(9, 3\), not \(8, 3\)": state | {last: torch.ones(9, 3)},
-    }
-    for message, bad in refused.items():
-        with pytest.raises(CheckpointError, match=message):
-            load_adapter_state(model, bad)
-    for name, tensor in adapter_state(model).items():
-        assert torch.equal(tensor, before[name])
 
 
 def test_autocast_trains_adapters_in_full_precision(model, ids):

@@ -18,18 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command_kit import wait_until
 from torch import distributed as dist
+from training_kit import FOX, config_of
+from training_kit import SMALL as ALONE
 
-from octavo.checkpoint import Run
-from octavo.config import Config, load_config
+from octavo.config import Config
 from octavo.errors import OctavoError
 
-TEXT = "The quick brown fox jumps over the lazy dog. Pack my box with five dozen jugs.\n"
 SMALL = (
-    "model.block_size=16", "model.n_layer=2", "model.n_head=2", "model.d_model=16",
-    "train.max_steps=8", "train.micro_batch_size=4", "train.grad_accum=2", "optim.warmup=2",
-    "optim.lr=1e-2", "eval.every=4", "eval.windows=8", "checkpoint.every=2", "checkpoint.keep=3",
-    "log.every=1", "log.sample_every=0", "log.sample_tokens=5", "data.separator=true",
+    *ALONE, "train.grad_accum=2", "log.sample_every=0", "data.separator=true",
     "data.mask_documents=true",
 )  # fmt: skip
 CPU = torch.device("cpu")
@@ -42,13 +40,13 @@ PRELOAD = [
 def write_texts(folder: Path) -> Path:
     """Documents of 3 to 39 characters, whose ends are not learned from: targets are ragged."""
     path = folder / "texts.jsonl"
-    lines = [json.dumps({"text": TEXT[n % 40 : n % 40 + 3 + n % 37]}) for n in range(200)]
+    lines = [json.dumps({"text": FOX[n % 40 : n % 40 + 3 + n % 37]}) for n in range(200)]
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
 
 
 def config(texts: Path, *settings: str) -> Config:
-    return load_config(None, [*SMALL, f"data.source={json.dumps(str(texts))}", *settings])
+    return config_of(texts, *SMALL, *settings)
 
 
 class Crew:
@@ -118,28 +116,10 @@ def together(folder: Path, size: int, function: Callable[..., Any], *args: Any) 
     return Crew(folder, size, function, *args).results()
 
 
-def saved(path: Path) -> tuple[int, dict[str, torch.Tensor]]:
-    """The latest checkpoint's step and all its tensors."""
-    run = Run.open(path)
-    checkpoint = run.load(run.latest)
-    return checkpoint.step, {**checkpoint.model_tensors(), **checkpoint.optimizer_tensors()}
-
-
-def assert_same_weights(one: Path, other: Path) -> None:
-    (step, tensors), (other_step, others) = saved(one), saved(other)
-    assert step == other_step
-    assert tensors.keys() == others.keys()
-    for name in tensors:
-        assert torch.equal(tensors[name], others[name]), name
-
-
 def wait_for_step(run: Path, step: int, timeout: float = 30.0) -> None:
     """Until the run has logged ``step``."""
-    end = time.monotonic() + timeout
-    log = run / "metrics.jsonl"
-    while f'"event": "train", "step": {step},' not in (log.read_text() if log.exists() else ""):
-        assert time.monotonic() < end, "the run did not get there"
-        time.sleep(0.02)
+    log, line = run / "metrics.jsonl", f'"event": "train", "step": {step},'
+    wait_until(lambda: log.exists() and line in log.read_text(), timeout)
 
 
 def _environment(more: dict[str, str]) -> dict[str, str]:

@@ -4,7 +4,8 @@ import shutil
 
 import pytest
 import torch
-from crew import Crew, assert_same_weights, config, saved, together, write_texts
+from crew import Crew, config, together
+from training_kit import assert_same_weights, saved
 from work import layers, restored, rows_seen, run, steps, stopped
 
 import octavo
@@ -12,11 +13,6 @@ from octavo.checkpoint import INDEX, OPTIMIZER, Run
 from octavo.config import TrainConfig, load_config
 from octavo.errors import ConfigError
 from octavo.training.parallel import Ranks
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    return write_texts(tmp_path_factory.mktemp("texts"))
 
 
 @pytest.mark.parametrize("settings", [(8, 1), (4, 2), (1, 8), (24, 1), (8, 3)])

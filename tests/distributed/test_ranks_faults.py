@@ -10,27 +10,14 @@ import sys
 import time
 
 import pytest
-from crew import (
-    SMALL,
-    Crew,
-    assert_same_weights,
-    config,
-    saved,
-    together,
-    wait_for_step,
-    write_texts,
-)
+from crew import SMALL, Crew, config, together, wait_for_step
+from training_kit import assert_same_weights, saved
 from work import aloud, failing, run
 
 from octavo.checkpoint import Run
 
 TIMES = int(os.environ.get("OCTAVO_FAULTS", "1"))  # `make faults` asks for more
 LONG = ("train.max_steps=100000", "eval.every=0", "checkpoint.every=1000")
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    return write_texts(tmp_path_factory.mktemp("texts"))
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,11 @@ from octavo.evaluating.compare import (
     Noise,
     difference,
     flips,
-    noise_paired,
-    noise_within,
     published,
     published_sentence,
     resample,
     round_up,
+    seed_noise,
     sentence,
 )
 
@@ -93,7 +92,7 @@ def test_the_gain_is_a_ratio_of_sums_and_its_error_the_linear_one():
 def test_exchanging_the_sides_mirrors_the_answer(seed, seeds_are_chance):
     generator = np.random.default_rng(seed)
     a, b = two_sides(generator, seeds=3, gain=0.05)
-    noise = noise_paired(a.mean(1), b.mean(1)) if seeds_are_chance else None
+    noise = seed_noise(a.mean(1), b.mean(1), paired=True) if seeds_are_chance else None
     one, other = (difference(*pair, np.ones(60), noise) for pair in ((a, b), (b, a)))
     assert one.gain == pytest.approx(-other.gain)
     assert one.low == pytest.approx(-other.high, abs=0.01 + 0.1 * (one.high - one.low))
@@ -108,7 +107,7 @@ def test_intervals_over_three_seeds_cover_the_truth(few_resamples, paired):
     for _ in range(100):
         a, b = two_sides(generator, seeds=3, seed_noise=0.3)
         figures = a.mean(1), b.mean(1)
-        noise = noise_paired(*figures) if paired else noise_within(*figures)
+        noise = seed_noise(*figures, paired)
         with_seeds, without = (difference(a, b, np.ones(60), n) for n in (noise, None))
         covered += with_seeds.low <= 0 <= with_seeds.high
         blind += without.low <= 0 <= without.high
@@ -135,7 +134,7 @@ def test_the_evidence_said_to_be_needed_is_enough_four_times_in_five(few_resampl
 def test_more_seeds_are_asked_for_where_seeds_are_the_chance():
     a, b = np.full((2, 3, 50), 3.0)
     a = a + np.array([[0.0], [0.1], [0.2]]) + np.linspace(0, 0.01, 50)
-    noise = noise_paired(a.mean(1), b.mean(1))
+    noise = seed_noise(a.mean(1), b.mean(1), paired=True)
     result = difference(a, b, np.ones(50), noise)
     assert noise == Noise(pytest.approx(0.1 / math.sqrt(2)), 2)
     assert result.verdict == "unknown"
@@ -148,11 +147,11 @@ def test_more_seeds_are_asked_for_where_seeds_are_the_chance():
 
 def test_seeds_that_are_not_the_same_are_pooled():
     a, b = np.array([1.0, 2.0, 3.0]), np.array([5.0, 7.0])
-    assert noise_within(a, b) == Noise(pytest.approx(math.sqrt((2 + 2) / 3)), 3)
-    assert noise_within(a[:1], b[:1]) is None
-    assert noise_paired(a[:1], b[:1]) is None
+    assert seed_noise(a, b, paired=False) == Noise(pytest.approx(math.sqrt((2 + 2) / 3)), 3)
+    assert seed_noise(a[:1], b[:1], paired=False) is None
+    assert seed_noise(a[:1], b[:1], paired=True) is None
     # What a seed does to both sides is no noise.
-    assert noise_paired(a, a + 5) == Noise(pytest.approx(0), 2)
+    assert seed_noise(a, a + 5, paired=True) == Noise(pytest.approx(0), 2)
 
 
 def test_the_same_figures_are_exactly_equal():

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from model_kit import random_model
 
 from octavo.evaluating import continuations
 from octavo.evaluating.continuations import continuation_likelihoods, cut
-from octavo.model.gpt import GPT
 from octavo.model_config import ModelConfig
 
 SHAPE = dict(vocab_size=23, block_size=16, n_layer=2, n_head=4, d_model=16, d_ff=24)
@@ -21,12 +21,7 @@ KINDS = {
 
 
 def make_model(**switches):
-    torch.manual_seed(0)
-    model = GPT(ModelConfig(**(SHAPE | switches)))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    return model.eval()
+    return random_model(ModelConfig(**(SHAPE | switches)), noise=0.2)
 
 
 def questions(seed=0):

@@ -10,14 +10,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
+from command_kit import answered
+from model_kit import random_model
 
 import octavo
 from octavo.adapting.classify import Classifier
-from octavo.cli import main
 from octavo.errors import ConfigError, DataError, MissingExtraError, ResourceError
 from octavo.evaluating import harness
-from octavo.evaluating.hellaswag import Item, score_hellaswag
+from octavo.evaluating.hellaswag import HellaSwag, Item
 from octavo.language_model import LanguageModel
 from octavo.model.gpt import GPT
 from octavo.model_config import ModelConfig
@@ -48,13 +48,9 @@ def make_items(count=60, seed=0):
 @pytest.fixture(scope="module")
 def lm():
     """Random weights, larger than a fresh model's: its choices are then decided clearly."""
-    torch.manual_seed(3)
     tokenizer = Tokenizer.train_bpe([TEXT * 20], 330)
     shape = dict(n_layer=2, n_head=4, n_kv_head=2, d_model=32, block_size=64)
-    model = GPT(ModelConfig(vocab_size=tokenizer.vocab_size, **shape))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.15)
+    model = random_model(ModelConfig(vocab_size=tokenizer.vocab_size, **shape), 3, noise=0.15)
     return LanguageModel(model.config, tokenizer, model=model)
 
 
@@ -121,8 +117,11 @@ def lm_eval_on(model, items):
 
 def test_harness_equals_lm_eval_item_by_item(lm, hflm):
     items = list(make_items())
-    ours = score_hellaswag(lm, items, "harness")
-    for model in (hflm, harness.adapt(lm)):  # its own model, and ours in its hands
+    ours = HellaSwag(items, lm.tokenizer, "harness").score(lm.model)
+    for model in (
+        hflm,
+        harness.adapt(lm.model, lm.tokenizer),
+    ):  # its own model, and ours in its hands
         logprobs, right, figures = lm_eval_on(model, items)
         assert ours.logprobs == pytest.approx(logprobs, abs=2e-4)
         assert (ours.choices_acc == ours.labels).tolist() == right[:, 0].tolist()
@@ -143,8 +142,6 @@ def test_items_written_by_hand_are_rendered_as_the_task_itself_does():
     """The task's own code, on items that have everything it looks for."""
     import datasets
     from lm_eval.tasks.hellaswag.utils import process_docs
-
-    from octavo.evaluating.hellaswag import HellaSwag
 
     items = [
         Item("Roofing", "A man sits. he", ("pulls.", "b [step] c", "[t] d", "  e "), 1,
@@ -170,14 +167,16 @@ def requests(kind, *arguments):
 
 def test_rolling_likelihood_equals_hflm(lm, hflm):
     texts = [("a man is sitting",), (" ".join(WORDS * 4),), ("x",), ("",)]
-    ours = harness.adapt(lm).loglikelihood_rolling(requests("loglikelihood_rolling", *texts))
+    ours = harness.adapt(lm.model, lm.tokenizer).loglikelihood_rolling(
+        requests("loglikelihood_rolling", *texts)
+    )
     theirs = hflm.loglikelihood_rolling(requests("loglikelihood_rolling", *texts))
     assert ours == pytest.approx(theirs, abs=1e-3)
 
 
 def test_an_empty_context_is_the_end_of_the_text_before(lm, hflm):
     pairs = [("", " a man"), ("", "x"), ("a man ", "is sitting")]
-    ours = harness.adapt(lm).loglikelihood(requests("loglikelihood", *pairs))
+    ours = harness.adapt(lm.model, lm.tokenizer).loglikelihood(requests("loglikelihood", *pairs))
     theirs = hflm.loglikelihood(requests("loglikelihood", *pairs))
     assert [each[0] for each in ours] == pytest.approx([each[0] for each in theirs], abs=1e-4)
     assert [each[1] for each in ours] == [each[1] for each in theirs]
@@ -185,7 +184,9 @@ def test_an_empty_context_is_the_end_of_the_text_before(lm, hflm):
 
 def test_a_choice_without_a_token_is_named_not_scored_as_certain(lm):
     with pytest.raises(DataError, match="a man"):
-        harness.adapt(lm).loglikelihood(requests("loglikelihood", ("a man", "")))
+        harness.adapt(lm.model, lm.tokenizer).loglikelihood(
+            requests("loglikelihood", ("a man", ""))
+        )
 
 
 def test_writing_equals_hflm(lm, hflm):
@@ -196,7 +197,7 @@ def test_writing_equals_hflm(lm, hflm):
         (" ".join(WORDS * 3), {"until": [], "max_gen_toks": 20, "temperature": 0.0}),
         ("off she", {"until": ["\n\n"], "max_gen_toks": 12}),
     ]
-    ours = harness.adapt(lm).generate_until(requests("generate_until", *asked))
+    ours = harness.adapt(lm.model, lm.tokenizer).generate_until(requests("generate_until", *asked))
     theirs = hflm.generate_until(requests("generate_until", *asked))
     assert ours == theirs
     assert all(ours[0::2])
@@ -208,7 +209,7 @@ def test_writing_takes_what_hflm_cannot(lm):
         (" ".join(WORDS), {"until": "", "max_gen_toks": 100}),
         ("", {"until": None, "max_new_tokens": 3, "do_sample": True, "temperature": 0.8}),
     ]
-    texts = harness.adapt(lm).generate_until(requests("generate_until", *asked))
+    texts = harness.adapt(lm.model, lm.tokenizer).generate_until(requests("generate_until", *asked))
     assert len(lm.tokenizer.encode(texts[0])) > 50
     assert texts[1]
 
@@ -217,7 +218,7 @@ def test_a_tokenizer_without_an_end_of_text_begins_with_a_newline():
     for text, first in (("ab\n", 0), ("ab", 0)):
         tokens = Tokenizer.char(text)
         model = GPT(ModelConfig(vocab_size=3, block_size=8, n_layer=1, n_head=1, d_model=8))
-        adapted = harness.adapt(SimpleNamespace(model=model, tokenizer=tokens, config=model.config))
+        adapted = harness.adapt(model, tokens)
         assert adapted.prefix_token_id == first
 
 
@@ -239,10 +240,7 @@ def task(tmp_path):
 
 
 def octavo_eval(capsys, *words):
-    with pytest.raises(SystemExit) as ended:
-        main(["eval", *map(str, words)])
-    printed = capsys.readouterr()
-    return ended.value.code or 0, printed.out, printed.err
+    return answered(capsys, "eval", *words)
 
 
 def test_the_command_runs_a_task_of_ones_own(exported, task, capsys):
@@ -275,17 +273,17 @@ def test_a_task_that_fails_is_one_line(lm, task, monkeypatch, failure, kind):
 
     monkeypatch.setattr("lm_eval.simple_evaluate", fail)
     with pytest.raises(kind, match=str(failure)) as error:
-        harness.run_tasks(lm, [str(task)])
+        harness.run_tasks(lm.model, lm.tokenizer, [str(task)])
     assert "\n" not in str(error.value)
 
 
 def test_a_classifier_is_refused(lm):
     sorts = Classifier(GPT(lm.config), ["no", "yes"])
     with pytest.raises(ConfigError, match="classifier"):
-        harness.adapt(SimpleNamespace(model=sorts, tokenizer=lm.tokenizer, config=lm.config))
+        harness.adapt(sorts, lm.tokenizer)
 
 
 def test_without_lm_eval_the_extra_is_named(lm, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     with pytest.raises(MissingExtraError, match=r"octavo\[eval\]"):
-        harness.run_tasks(lm, ["hellaswag"])
+        harness.run_tasks(lm.model, lm.tokenizer, ["hellaswag"])

@@ -9,8 +9,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from command_kit import answered as octavo
+from command_kit import complaint as refusal
+from model_kit import random_model
+from training_kit import trained
 
-from octavo.cli import main
 from octavo.errors import ConfigError, DataError, ResourceError
 from octavo.evaluating import hellaswag
 from octavo.evaluating.hellaswag import (
@@ -19,7 +22,6 @@ from octavo.evaluating.hellaswag import (
     Item,
     clean,
     read_items,
-    score_hellaswag,
 )
 from octavo.model.gpt import GPT
 from octavo.model_config import ModelConfig
@@ -44,26 +46,25 @@ def bytes_lm():
     with torch.no_grad():
         model.lm_head.weight.zero_()
         model.lm_head.weight[ord("a"), 0], model.lm_head.weight[ord("b"), 0] = 2.0, 1.0
-    return SimpleNamespace(model=model, tokenizer=Tokenizer.byte(separator=True), config=shape)
+    return SimpleNamespace(model=model, tokenizer=Tokenizer.byte(separator=True))
 
 
 @pytest.fixture
 def lm():
-    torch.manual_seed(0)
     tokenizer = Tokenizer.train_bpe([TEXT * 5], 300)
-    model = GPT(
-        ModelConfig(vocab_size=tokenizer.vocab_size, block_size=48, n_layer=2, n_head=2, d_model=16)
-    )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    return SimpleNamespace(model=model.eval(), tokenizer=tokenizer, config=model.config)
+    shape = dict(block_size=48, n_layer=2, n_head=2, d_model=16)
+    model = random_model(ModelConfig(vocab_size=tokenizer.vocab_size, **shape), noise=0.2)
+    return SimpleNamespace(model=model, tokenizer=tokenizer)
 
 
 def write(path, *lines):
     text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
     path.write_text(text + "\n", encoding="utf-8")
     return path
+
+
+def score_hellaswag(lm, items, protocol="completion"):
+    return HellaSwag(items, lm.tokenizer, protocol).score(lm.model)
 
 
 def item(ctx="c", endings=("a", "b", "c", "d"), label=0, **parts):
@@ -203,7 +204,7 @@ def test_reads_the_official_schema_plain_and_gzipped(tmp_path):
     assert items[0].endings[3] == "pulls up roofing."
     assert read_items(plain, 1) == items[:1]
     bare = {name: LINE[name] for name in ("ind", "activity_label", "ctx", "label", "endings")}
-    assert not read_items(write(tmp_path / "b.jsonl", bare))[0].is_split
+    assert not read_items(write(tmp_path / "b.jsonl", bare))[0].ctx_a
 
 
 @pytest.mark.parametrize(
@@ -264,24 +265,12 @@ def test_a_classifier_is_refused(lm):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    from octavo.config import load_config
-    from octavo.training.loop import train
-
-    folder = tmp_path_factory.mktemp("hellaswag")
-    (folder / "text.txt").write_text(TEXT * 30, encoding="utf-8")
-    words = [
-        f"data.source={json.dumps(str(folder / 'text.txt'))}", "data.tokenizer=byte",
-        "model.block_size=32", "model.n_layer=1", "model.n_head=2", "model.d_model=16",
-        "train.max_steps=2", "train.micro_batch_size=2", "log.sample_tokens=1", "eval.windows=2",
+    settings = [
+        "data.tokenizer=byte", "model.block_size=32", "model.n_layer=1", "model.n_head=2",
+        "model.d_model=16", "train.max_steps=2", "train.micro_batch_size=2",
+        "log.sample_tokens=1", "eval.windows=2",
     ]  # fmt: skip
-    return train(load_config(None, words), folder / "run", quiet=True).run
-
-
-def octavo(capsys, *words):
-    with pytest.raises(SystemExit) as ended:
-        main([str(word) for word in words])
-    printed = capsys.readouterr()
-    return ended.value.code or 0, printed.out, printed.err
+    return trained(TEXT * 30, tmp_path_factory.mktemp("hellaswag") / "run", *settings)
 
 
 def test_the_command_prints_protocol_error_and_choices(run, tmp_path, capsys):
@@ -310,10 +299,9 @@ def test_the_command_prints_protocol_error_and_choices(run, tmp_path, capsys):
     ],
 )
 def test_the_command_refuses_in_one_line(run, capsys, words, code, complaint):
-    found, _, err = octavo(capsys, "eval", run, *words)
+    found, said = refusal(capsys, "eval", run, *words)
     assert found == code
-    assert complaint in err
-    assert err.count("\n") == 1
+    assert complaint in said
 
 
 def test_without_a_network_the_way_out_is_named(run, capsys, monkeypatch, tmp_path):

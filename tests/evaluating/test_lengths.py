@@ -9,7 +9,6 @@ import torch
 
 from octavo.errors import DataError
 from octavo.evaluating.lengths import PLAIN, STRETCHED, measure_lengths
-from octavo.evaluating.perplexity import score_windows
 from octavo.model.gpt import GPT
 from octavo.model_config import ModelConfig, RopeScaling
 
@@ -28,11 +27,11 @@ def model(**changes: object) -> GPT:
 
 
 def perplexity(gpt: GPT, length: int, ends: np.ndarray) -> float:
-    """The last half of 8 tokens before each end, after ``length`` in all, by the other scorer."""
-    window = TOKENS[ends[:, None] + np.arange(-length, 1)].astype(np.int64)
-    x, y = window[:, :-1], window[:, 1:].copy()
-    y[:, :-4] = -100
-    return score_windows(gpt, x, y).perplexity
+    """The last half of 8 tokens before each end, after ``length`` in all, by the logits."""
+    window = torch.from_numpy(TOKENS[ends[:, None] + np.arange(-length, 1)])
+    with torch.inference_mode():
+        logprobs = gpt(window[:, :-1])[:, -4:].double().log_softmax(-1)
+    return (-logprobs.gather(2, window[:, -4:, None])).mean().exp().item()
 
 
 @pytest.mark.parametrize("length", [8, 12, 16, 32])

@@ -109,9 +109,10 @@ def test_code_that_a_file_points_to_is_not_run(tmp_path):
     ("content", "error", "words"),
     [
         (None, ConfigError, "not a Hugging Face directory"),
-        ("{", CheckpointError, "not JSON"),
-        ("[" * 100_000, CheckpointError, "not JSON"),
-        ("[]", ConfigError, "names no architecture"),
+        ("{", CheckpointError, "it is no JSON"),
+        ("[" * 100_000, CheckpointError, "it is no JSON"),
+        ("[]", CheckpointError, "is no JSON object"),
+        ("{}", ConfigError, "names no architecture"),
         ('{"architectures": "LlamaForCausalLM"}', ConfigError, "names no architecture"),
     ],
 )

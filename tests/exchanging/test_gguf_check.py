@@ -6,11 +6,13 @@ import types
 import numpy as np
 import pytest
 import torch
+from model_kit import random_model
 
 from octavo.errors import ConfigError, ParityError
-from octavo.exchanging import gguf_check
+from octavo.exchanging import parity
 from octavo.exchanging.gguf import export_gguf
 from octavo.exchanging.gguf_check import read_gguf, rounded
+from octavo.exchanging.parity import Figures, random_rows
 from octavo.language_model import LanguageModel
 from octavo.model.gpt import GPT
 from octavo.model_config import ModelConfig
@@ -24,15 +26,14 @@ TEXT = "She sells sea shells by the sea shore.\n"
 @pytest.fixture
 def lm():
     tokenizer = Tokenizer.char(TEXT, separator=True)
-    torch.manual_seed(0)
-    config = ModelConfig(
-        vocab_size=tokenizer.vocab_size, block_size=16, n_layer=1, n_head=2, d_model=32, d_ff=64
-    )
-    model = GPT(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    return LanguageModel(config, tokenizer, model=model)
+    shape = dict(block_size=16, n_layer=1, n_head=2, d_model=32, d_ff=64)
+    config = ModelConfig(vocab_size=tokenizer.vocab_size, **shape)
+    return LanguageModel(config, tokenizer, model=random_model(config, noise=0.2))
+
+
+def export(lm, path, kind="F16"):
+    rows = random_rows(lm.tokenizer.vocab_size, lm.config.block_size, lm.tokenizer)
+    return export_gguf(lm.model, lm.tokenizer, path, rows, "random ids", kind)
 
 
 @pytest.fixture
@@ -63,65 +64,58 @@ def llama_cpp(monkeypatch, lm):
 
 
 def test_llama_cpp_is_asked_where_it_is_installed(lm, llama_cpp, tmp_path):
-    facts = export_gguf(lm, tmp_path / "model.gguf", "Q8_0")
+    facts = export(lm, tmp_path / "model.gguf", "Q8_0")
     assert facts["logits_differ_by"]["llama-cpp-python 1.2"] == 0
     llama_cpp.spoil = lambda logits: logits * 1.01  # it rounds more than we do
-    assert export_gguf(lm, tmp_path / "model.gguf", "Q8_0")["perplexity_of_the_file"]
+    assert export(lm, tmp_path / "model.gguf", "Q8_0")["perplexity_of_the_file"]
 
 
 def test_other_tokens_are_refused(lm, llama_cpp, tmp_path):
     llama_cpp.recode = lambda ids: ids[:-1]
     with pytest.raises(ParityError, match=r"llama-cpp-python 1.2 gives other ids"):
-        export_gguf(lm, tmp_path / "model.gguf")
+        export(lm, tmp_path / "model.gguf")
     assert not list(tmp_path.iterdir())
 
 
 def test_other_logits_are_refused(lm, llama_cpp, tmp_path):
     llama_cpp.spoil = lambda logits: np.roll(logits, 1, axis=1)
     with pytest.raises(ParityError, match="differ by"):
-        export_gguf(lm, tmp_path / "model.gguf")
+        export(lm, tmp_path / "model.gguf")
 
 
 def test_logits_that_are_no_numbers_are_refused(lm, llama_cpp, tmp_path):
     llama_cpp.spoil = lambda logits: np.full_like(logits, np.nan)
     with pytest.raises(ParityError, match="differ by nan"):
-        export_gguf(lm, tmp_path / "model.gguf")
+        export(lm, tmp_path / "model.gguf")
 
 
 def test_another_greedy_text_is_refused(lm, llama_cpp, tmp_path, monkeypatch):
-    monkeypatch.setattr(gguf_check, "_difference", lambda runtime, given, wanted: 0.0)
-    monkeypatch.setattr(gguf_check, "_loss", lambda logits, text: 1.0)
+    monkeypatch.setattr(parity, "compare", lambda *everything: Figures(0.0, 1.0, 1.0))
     llama_cpp.spoil = lambda logits: np.roll(logits, 1, axis=1)
     with pytest.raises(ParityError, match="writes another greedy text"):
-        export_gguf(lm, tmp_path / "model.gguf")
-
-
-def test_another_perplexity_is_refused(lm, llama_cpp, tmp_path, monkeypatch):
-    monkeypatch.setattr(gguf_check, "_difference", lambda runtime, given, wanted: 0.0)
-    llama_cpp.spoil = lambda logits: 3 * logits
-    with pytest.raises(ParityError, match="finds a perplexity of"):
-        export_gguf(lm, tmp_path / "model.gguf")
+        export(lm, tmp_path / "model.gguf")
 
 
 def test_an_added_end_that_llama_cpp_would_write_is_refused(lm, llama_cpp, tmp_path, monkeypatch):
     lm = LanguageModel(lm.config, Tokenizer.char(TEXT), model=lm.model)  # its last id is padding
-    assert export_gguf(lm, tmp_path / "model.gguf")["likeliest_end"] < 0.1
-    monkeypatch.setattr(gguf_check, "_compare", lambda *everything: 0.0)
+    assert export(lm, tmp_path / "model.gguf")["likeliest_end"] < 0.1
+    monkeypatch.setattr(parity, "compare", lambda *everything: Figures(0.0, 1.0, 1.0))
     llama_cpp.spoil = lambda logits: np.pad(logits[:, :-1], ((0, 0), (0, 1)), constant_values=99)
     with pytest.raises(ParityError, match=r"1.2 gives the one that was added a probability of 1"):
-        export_gguf(lm, tmp_path / "model.gguf")
+        export(lm, tmp_path / "model.gguf")
 
 
 def test_without_llama_cpp_and_transformers_the_reader_remains(lm, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
-    monkeypatch.setattr(gguf_check, "import_transformers", lambda: None)
-    facts = export_gguf(lm, tmp_path / "model.gguf")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    facts = export(lm, tmp_path / "model.gguf")
     assert list(facts["logits_differ_by"]) == ["gguf's reader"]
 
 
 def test_the_text_given_is_what_is_compared_on(lm, tmp_path):
     rows = np.array([lm.tokenizer.encode(TEXT[:17]), lm.tokenizer.encode(TEXT[4:21])])
-    facts = export_gguf(lm, tmp_path / "model.gguf", "F32", rows=rows, text="a text about shells")
+    text = "a text about shells"
+    facts = export_gguf(lm.model, lm.tokenizer, tmp_path / "model.gguf", rows, text, "F32")
     assert facts["compared_on"] == "a text about shells"
     x, y = torch.from_numpy(rows[:, :-1]), torch.from_numpy(rows[:, 1:])
     with torch.no_grad():
@@ -133,7 +127,7 @@ def test_the_text_given_is_what_is_compared_on(lm, tmp_path):
 def test_rounding_is_what_the_file_holds(lm, tmp_path):
     """The reference never saw the file: its weights were rounded where they lay."""
     for kind in ("F16", "Q8_0", "Q4_0"):
-        export_gguf(lm, tmp_path / "model.gguf", kind)
+        export(lm, tmp_path / "model.gguf", kind)
         wanted = rounded(lm.model, kind).state_dict()
         for name, value in read_gguf(tmp_path / "model.gguf").state_dict().items():
             assert torch.equal(value, wanted[name]), name
@@ -144,9 +138,8 @@ def test_the_shortest_contexts(tmp_path):
     tokenizer = Tokenizer.byte(separator=True)
     for block_size in (1, 2, 9):
         config = ModelConfig(vocab_size=257, block_size=block_size, n_layer=1, n_head=2, d_model=32)
-        facts = export_gguf(
-            LanguageModel(config, tokenizer, model=GPT(config)), tmp_path / "model.gguf"
-        )
+        lm = LanguageModel(config, tokenizer, model=GPT(config))
+        facts = export(lm, tmp_path / "model.gguf")
         assert facts["greedy_tokens_equal"] == block_size - max(block_size // 2, 1)
 
 
@@ -155,9 +148,7 @@ def test_a_classifier_is_refused(lm, tmp_path):
 
     classifier = Classifier(lm.model, ["sea", "land"])
     with pytest.raises(ConfigError, match="a classifier writes no text"):
-        export_gguf(
-            LanguageModel(lm.config, lm.tokenizer, model=classifier), tmp_path / "model.gguf"
-        )
+        export(LanguageModel(lm.config, lm.tokenizer, model=classifier), tmp_path / "model.gguf")
 
 
 def test_adapters_must_be_merged_first(lm, tmp_path):
@@ -165,4 +156,4 @@ def test_adapters_must_be_merged_first(lm, tmp_path):
 
     add_adapter(lm.model)
     with pytest.raises(ConfigError, match="merge its adapters first"):
-        export_gguf(lm, tmp_path / "model.gguf")
+        export(lm, tmp_path / "model.gguf")

@@ -5,12 +5,14 @@ import json
 from octavo.checkpoint import Run
 from octavo.config import Config, ModelConfig
 from octavo.exchanging.model_card import facts_of, write_card
-from octavo.exchanging.parity import Parity
 from octavo.model.gpt import GPT
 from octavo.text.tokenizer import Tokenizer
 
 MODEL = ModelConfig(vocab_size=257, block_size=8, n_layer=1, n_head=2, d_model=16)
-PARITY = Parity("transformers 9.9", "random ids", 96, 3.2e-7, 12.25, 12.2500001, 32)
+PARITY = {
+    "against": "transformers 9.9", "text": "random ids", "tokens": 96, "greedy_tokens": 32,
+    "largest_difference": 3.2e-7, "perplexity": 12.25, "perplexity_there": 12.5000001,
+}  # fmt: skip
 EVAL = {"event": "eval", "val_loss": 1.25, "val_ppl": 3.4903, "val_bpb": 1.8034}
 
 
@@ -72,6 +74,7 @@ def test_the_card():
         "loaded by transformers 9.9",
         "96 tokens (random ids)",
         "at most 3.2e-07 of the largest (0.0001 is allowed)",
+        "perplexity is 12.5 beside 12.25",
         "32 tokens of greedy text",
         "AutoTokenizer.from_pretrained",
     ):

@@ -1,13 +1,13 @@
 """nanoGPT's checkpoints: the same function, and never a line of theirs executed."""
 
 import math
-import os
 import pickle
 import zipfile
 
 import pytest
 import torch
 import torch.nn.functional as F
+from run_kit import Canary
 
 from octavo.errors import CheckpointError
 from octavo.exchanging.nanogpt import as_gpt2, read_nanogpt
@@ -133,16 +133,6 @@ def test_a_head_of_its_own(tmp_path):
     model, _ = read_nanogpt(save(tmp_path, content))
     assert not model.config.tie_embeddings
     assert torch.equal(model.lm_head.weight, content["model"]["lm_head.weight"])
-
-
-class Canary:
-    """Leaves a file behind when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return (os.mkdir, (self.path,))
 
 
 @pytest.mark.parametrize("place", ["beside", "in the arguments", "among the weights", "old format"])

@@ -9,12 +9,13 @@ from contextlib import suppress
 
 import pytest
 import torch
+from model_kit import random_model
+from run_kit import Canary
 from safetensors.torch import load_file, save_file
 
 from octavo.errors import CheckpointError
 from octavo.exchanging.families import choose_family
 from octavo.exchanging.weights import INDEX, read_directory
-from octavo.model.gpt import GPT
 from octavo.model_config import ModelConfig
 
 SIZES = dict(vocab_size=31, block_size=24, n_layer=2, n_head=4, d_model=32, d_ff=56)
@@ -22,10 +23,7 @@ SIZES = dict(vocab_size=31, block_size=24, n_layer=2, n_head=4, d_model=32, d_ff
 
 def write(folder, **switches):
     """A directory in Hugging Face's layout, and the model it holds, nothing at its default."""
-    generator = torch.Generator().manual_seed(3)
-    model = GPT(ModelConfig(**SIZES, **switches)).eval()
-    for parameter in model.parameters():
-        parameter.data += torch.randn(parameter.shape, generator=generator) * 0.2
+    model = random_model(ModelConfig(**SIZES, **switches), 3, noise=0.2)
     family = choose_family(model.config)
     folder.mkdir(parents=True, exist_ok=True)
     options = {"architectures": [family.name]} | family.options(model.config)
@@ -211,20 +209,10 @@ def test_a_pickle_is_not_opened(tmp_path):
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
         read_directory(tmp_path)
-    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Canary(tmp_path)))
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Canary(tmp_path / "canary")))
     with pytest.raises(CheckpointError, match="pickle, which could run code and is not opened"):
         read_directory(tmp_path)
     assert not (tmp_path / "canary").exists()
-
-
-class Canary:
-    """Leaves a file behind when it is unpickled."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def __reduce__(self):
-        return (open, (str(self.folder / "canary"), "w"))
 
 
 def header(text, length=None):

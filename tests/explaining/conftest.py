@@ -3,27 +3,16 @@
 import json
 
 import pytest
-import torch
+from model_kit import random_model
 
 from octavo.checkpoint import Run
 from octavo.config import build_config
 from octavo.language_model import LanguageModel, load
-from octavo.model.gpt import GPT
 from octavo.text.corpus import read_corpus
 from octavo.text.tokenizer import Tokenizer
 
 TEXT = "She sells sea shells by the sea shore: the shells she sells are sea shells.\n" * 20
 SHAPE = {"block_size": 16, "n_layer": 3, "n_head": 4, "n_kv_head": 2, "d_model": 16}
-
-
-def random_model(config, seed=0):
-    """Every parameter matters: default weights give almost flat logits."""
-    torch.manual_seed(seed)
-    model = GPT(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return model.eval()
 
 
 @pytest.fixture
@@ -53,7 +42,7 @@ def make_run(tmp_path):
         data = data or {"sha256": read_corpus(str(source)).sha256}
         files = {"data.json": json.dumps(data).encode()}
         weights = random_model(config.model, seed).state_dict()
-        Run.create_with_weights(tmp_path / name, config, tokenizer, files, weights)
+        Run.create(tmp_path / name, config, tokenizer, files, weights)
         return load(tmp_path / name, device="cpu")
 
     return make

@@ -6,18 +6,15 @@ import zlib
 
 import numpy as np
 import pytest
+import run_kit
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from octavo.checkpoint import Run
-from octavo.config import Config
 from octavo.errors import CheckpointError, ConfigError, DataError, ParityError
 from octavo.explaining import compression
 from octavo.explaining.compression import bytes_of, compress, decompress, rivals, symbols_of, unpack
-from octavo.generating.native_tables import tensor_shapes
 from octavo.generating.writing import window_start
 from octavo.language_model import load, start_ids
-from octavo.model_config import ModelConfig
 from octavo.text.tokenizer import Tokenizer
 from octavo.training.packing import pack_run, weights_of
 
@@ -38,49 +35,11 @@ HARD = {
     "special": b"one<|endoftext|>two <|endoftext|>",
     "binary": bytes(range(256)) * 2,
 }
-LETTERS = ["<unk>", "▁", "a", "b", "<0x0A>", "▁a"]
-SENTENCEPIECE = {
-    "version": "1.0",
-    "added_tokens": [],
-    "normalizer": {
-        "type": "Sequence",
-        "normalizers": [
-            {"type": "Prepend", "prepend": "▁"},
-            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-        ],
-    },
-    "pre_tokenizer": None,
-    "post_processor": None,
-    "decoder": {
-        "type": "Sequence",
-        "decoders": [
-            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-            {"type": "ByteFallback"},
-            {"type": "Fuse"},
-            {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-        ],
-    },
-    "model": {
-        "type": "BPE",
-        "vocab": {letter: i for i, letter in enumerate(LETTERS)},
-        "merges": ["▁ a"],
-        "unk_token": "<unk>",
-        "byte_fallback": True,
-    },
-}
 
 
-def make_run(path, tokenizer, seed=0, block_size=8):
-    config = ModelConfig(
-        vocab_size=tokenizer.vocab_size, block_size=block_size, n_layer=2, n_head=2, d_model=16
-    )
-    rng = np.random.default_rng(seed)
-    weights = {
-        name: rng.standard_normal(shape, dtype=np.float32) * np.float32(0.3 + (len(shape) == 1))
-        for name, shape in tensor_shapes(config).items()
-    }
-    weights["lm_head.weight"] = weights["tok_emb.weight"]
-    return Run.create_with_weights(path, Config(model=config), tokenizer, {}, weights)
+def make_run(path, tokenizer, **changes):
+    shape = {"block_size": 8, "tie_embeddings": True} | changes
+    return run_kit.make_run(path, tokenizer, **shape)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +49,7 @@ def models(tmp_path_factory):
     for name, tokenizer in TOKENIZERS.items():
         run = make_run(tmp_path_factory.mktemp("run") / "run", tokenizer)
         for engine in ("native", "torch"):
-            found[name, engine] = load(run.path, "cpu", engine=engine)
+            found[name, engine] = load(run, "cpu", engine=engine)
     return found
 
 
@@ -161,7 +120,7 @@ def test_writing_twice_gives_the_same_file(models):
 
 
 def test_llamas_space_before_every_text_is_not_in_the_file():
-    tokenizer = Tokenizer(SENTENCEPIECE)
+    tokenizer = Tokenizer(run_kit.sentencepiece("<0x0A>"))
     for text in ("ab a", " ab", "  a", "b \n", "a☃"):
         symbols = symbols_of(tokenizer, text.encode())
         assert bytes_of(tokenizer, symbols) == text.encode()
@@ -172,13 +131,13 @@ def test_llamas_space_before_every_text_is_not_in_the_file():
 
 def test_packed_weights_are_found_again(models, tmp_path):
     run = make_run(tmp_path / "run", TOKENIZERS["char"])
-    plain = load(run.path, "cpu", engine="torch")
+    plain = load(run, "cpu", engine="torch")
     pack_run(plain, weights_of(plain), "int8")
-    packed = load(run.path, "cpu", weights="int8")
+    packed = load(run, "cpu", weights="int8")
     file = compress(packed, TEXT.encode())
     engine, device, weights = unpack(file)[0].made_with()
     assert (engine, device, weights) == ("native", "cpu", "int8")
-    assert decompress(load(run.path, device, weights=weights, engine=engine), file) == TEXT.encode()
+    assert decompress(load(run, device, weights=weights, engine=engine), file) == TEXT.encode()
     with pytest.raises(CheckpointError, match="another model"):
         decompress(models["char", "native"], file)
 
@@ -192,7 +151,7 @@ def test_another_model_is_refused(lm, tmp_path):
     ]
     for run in others:
         with pytest.raises(CheckpointError, match=r"another model; in book\.octz"):
-            decompress(load(run.path, "cpu", engine="native"), file, where="in book.octz")
+            decompress(load(run, "cpu", engine="native"), file, where="in book.octz")
 
 
 def test_another_engine_is_refused(models, lm, monkeypatch):
@@ -251,7 +210,7 @@ def test_a_result_that_is_not_the_original_is_refused(lm):
 
 def test_a_model_that_knows_only_ids_cannot(tmp_path):
     run = make_run(tmp_path / "run", TOKENIZERS["char"])
-    lm = load(run.path, "cpu", engine="native")
+    lm = load(run, "cpu", engine="native")
     lm._tokenizer = None
     with pytest.raises(ConfigError, match="no tokenizer"):
         compress(lm, b"text")

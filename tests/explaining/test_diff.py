@@ -1,11 +1,10 @@
 """Two checkpoints: what differs, by how much, and when nothing does."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+from command_kit import without_torch
 
 from octavo.checkpoint import Run
 from octavo.config import build_config
@@ -21,7 +20,7 @@ def make(tmp_path):
     def make(name, weights, tokenizer=BYTES, **settings):
         config = build_config({"model": MODEL, **settings})
         arrays = {key: np.asarray(value, dtype=np.float32) for key, value in weights.items()}
-        Run.create_with_weights(tmp_path / name, config, tokenizer, {}, arrays)
+        Run.create(tmp_path / name, config, tokenizer, {}, arrays)
         return tmp_path / name
 
     return make
@@ -119,10 +118,7 @@ def test_a_checkpoint_of_a_run(make):
 
 def test_runs_are_compared_without_torch(make):
     a, b = make("a", {"w": [1.0]}), make("b", {"w": [2.0]})
-    program = (
-        "import sys\nfrom octavo.explaining.diff import diff\n"
-        f"assert diff({str(a)!r}, {str(b)!r}).relative == 1\n"
-        "assert 'torch' not in sys.modules\n"
+    without_torch(
+        "from octavo.explaining.diff import diff\n"
+        f"assert diff({str(a)!r}, {str(b)!r}).relative == 1"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

@@ -102,7 +102,7 @@ def run(tmp_path):
     config = build_config({"model": MODEL | {"vocab_size": tokenizer.vocab_size}})
     torch.manual_seed(0)
     weights = GPT(config.model).state_dict()
-    return Run.create_with_weights(tmp_path / "run", config, tokenizer, {}, weights)
+    return Run.create(tmp_path / "run", config, tokenizer, {}, weights)
 
 
 def test_the_native_engine_reads_its_weights_and_keys_for_every_token(run):
@@ -123,7 +123,7 @@ def test_an_untied_embedding_is_not_read_whole(run, tmp_path):
     config = dataclasses.replace(run.config.model, tie_embeddings=False)
     config = dataclasses.replace(run.config, model=config)
     weights = GPT(config.model).state_dict()
-    untied = Run.create_with_weights(tmp_path / "untied", config, run.tokenizer, {}, weights)
+    untied = Run.create(tmp_path / "untied", config, run.tokenizer, {}, weights)
     found = [
         profile_writing(load(r.path, "cpu", engine="native"), 8).rows[1] for r in (run, untied)
     ]

@@ -23,7 +23,7 @@ def by_hand(text: bytes, corpus: bytes) -> list[tuple[int, int]]:
 
 
 def check(text: bytes, corpus: bytes) -> list[tuple[int, int]]:
-    spans = find_spans(text, corpus, progress=False)
+    spans = find_spans(text, corpus)
     for span in spans:
         assert (
             corpus[span.place : span.place + span.end - span.start] == text[span.start : span.end]
@@ -82,5 +82,5 @@ def test_rulers_by_the_thousand_are_looked_at_once(monkeypatch):
     plain = module._pieces
     monkeypatch.setattr(module, "_pieces", lambda *a: looked.append(a) or plain(*a))
     corpus = b"".join(b"%d\n%s\n" % (n, b"-" * 60) for n in range(2000))
-    assert [s.end - s.start for s in find_spans(b"-" * 40 + b"\n!", corpus, False)] == [41]
+    assert [s.end - s.start for s in find_spans(b"-" * 40 + b"\n!", corpus)] == [41]
     assert len(looked) < 5

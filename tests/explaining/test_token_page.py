@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from octavo.explaining import explained as explained_module
-from octavo.explaining import figures as figures_module
+from octavo.explaining import token_page as token_page_module
 from octavo.explaining.explained import explain, most_tokens
 from octavo.explaining.token_page import notes, render
 from octavo.generating.recording import Recorder
@@ -31,7 +31,7 @@ def data_of(html):
 
 
 def page_of(lm, text, **options):
-    return explain(lm, lm.tokenizer.encode(text), progress=False, **options)
+    return explain(lm, lm.tokenizer.encode(text), **options)
 
 
 def test_the_page_holds_the_models_own_figures(make_run):
@@ -125,7 +125,7 @@ def test_the_page_needs_nothing_but_itself(make_run):
 
 def test_a_text_cannot_end_the_script_or_begin_one(make_run, monkeypatch):
     evil = "</script><script>alert(1)</script><!--SCRIPT-->\u2028é"
-    monkeypatch.setattr(figures_module, "token_text", lambda tokenizer, token: evil)
+    monkeypatch.setattr(token_page_module, "token_text", lambda tokenizer, token: evil)
     lm = make_run()
     page = dataclasses.replace(page_of(lm, "sea"), name=evil)
     html = render(page)
@@ -140,7 +140,7 @@ def test_half_a_character_is_shown_as_its_bytes(make_lm):
 
 
 def test_ids_without_a_tokenizer_are_shown_as_numbers(make_lm):
-    page = explain(make_lm(tokenizer=None), [3, 1, 4], progress=False)
+    page = explain(make_lm(tokenizer=None), [3, 1, 4])
     data = data_of(render(page))
     assert [data["texts"][str(i)] for i in (3, 1, 4)] == ["3 ", "1 ", "4 "]
     assert "takes ids" in notes(page)[0]
@@ -150,7 +150,7 @@ def test_what_the_model_wrote_is_told_apart(make_run):
     lm = make_run()
     ids = lm.tokenizer.encode("she ")
     [new] = lm.generate_ids([ids], 5)
-    data = data_of(render(explain(lm, ids + new, written=5, progress=False)))
+    data = data_of(render(explain(lm, ids + new, written=5)))
     assert data["written"] == 5
     assert data["ids"].tolist() == ids + new
 
@@ -161,7 +161,7 @@ def test_what_the_model_wrote_is_told_apart(make_run):
 def test_thousands_of_tokens_stay_under_five_megabytes(make_lm, shape):
     lm = make_lm(tokenizer="byte", block_size=256, **shape)
     ids = np.random.default_rng(0).integers(0, 256, most_tokens(lm.config.n_layer) + 50).tolist()
-    page = explain(lm, ids, written=60, progress=False)
+    page = explain(lm, ids, written=60)
     html = render(page)
     assert 3_000_000 < len(html.encode()) < 5_000_000
     assert page.left_out == 50

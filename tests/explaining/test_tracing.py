@@ -56,7 +56,7 @@ def test_every_part_of_a_step_has_its_time():
         assert seconds(times, module, "backward") > 0, module
     assert seconds(times, "optimizer", "forward") > 0
     assert seconds(times, "optimizer", "backward") == 0
-    assert times.calls["aten::mm"] > 0
+    assert times.operations["aten::mm"] > 0
     assert 0 < sum(times.operations.values()) < sum(times.modules.values())
 
 
@@ -81,8 +81,7 @@ def test_nothing_is_left_on_the_model():
         trace(lambda: model(torch.tensor([[1_000]])), model)
     trace(lambda: model(IDS), model)
     for module in model.modules():
-        assert not module._forward_hooks
-        assert not module._forward_pre_hooks
+        assert "forward" not in vars(module)
 
 
 def test_the_trace_is_one_that_chrome_opens(tmp_path):

@@ -3,10 +3,10 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from command_kit import python, wait_until
 
 from octavo import disk
 from octavo.text import pipeline, streaming
@@ -56,11 +56,8 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def run(script: str, *args: object, **options: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", CHILD + script, *map(str, args)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=100, **options)
-    assert result.returncode == 0, result.stderr
-    return result
+def run(script: str, *args: object) -> subprocess.CompletedProcess[str]:
+    return python(CHILD + script, *args)
 
 
 def test_a_kill_at_any_point_changes_nothing(folder, monkeypatch):
@@ -227,10 +224,7 @@ if __name__ == "__main__":
         pids = process.stdout.readline().split()
         process.kill()
     assert len(pids) == 2
-    deadline = time.monotonic() + 30
-    while any(map(alive, pids)):
-        assert time.monotonic() < deadline, "a worker is left behind"
-        time.sleep(0.05)
+    wait_until(lambda: not any(map(alive, pids)))
 
 
 def alive(pid: str) -> bool:

@@ -1,25 +1,23 @@
 """What cannot be right is refused with one line and the documented code, and does no harm."""
 
-import json
-import os
 import pickle
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from command_kit import complaint
 from hypothesis import example, given
 from hypothesis import strategies as st
+from run_kit import Canary
+from training_kit import FOX, config_of, events, flip
 
 from octavo.checkpoint import Run
-from octavo.cli import main
-from octavo.config import Config, load_config
+from octavo.config import Config
 from octavo.errors import CheckpointError, ConfigError, OctavoError, ResourceError
 from octavo.training import loop
 from octavo.training.loop import train
 
-TEXT = "The quick brown fox jumps over the lazy dog. Pack my box with five dozen jugs.\n" * 40
 SMALL = [
     "model.block_size=16", "model.n_layer=1", "model.n_head=2", "model.d_model=16",
     "train.max_steps=4", "train.micro_batch_size=2", "eval.windows=4", "eval.every=2",
@@ -31,7 +29,7 @@ SMALL = [
 def made(tmp_path_factory):
     """A finished run and its text."""
     folder = tmp_path_factory.mktemp("made")
-    (folder / "fox.txt").write_text(TEXT, encoding="utf-8")
+    (folder / "fox.txt").write_text(FOX, encoding="utf-8")
     train(config(folder), folder / "run", quiet=True)
     return folder
 
@@ -45,17 +43,7 @@ def folder(made, tmp_path):
 
 
 def config(folder, *settings):
-    return load_config(None, [*SMALL, f"data.source={folder / 'fox.txt'}", *settings])
-
-
-def called(capsys, *words):
-    """The exit code of a command and the one line it complained with."""
-    with pytest.raises(SystemExit) as ended:
-        main([str(word) for word in words])
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    return ended.value.code, error
+    return config_of(folder / "fox.txt", *SMALL, *settings)
 
 
 # ---- a damaged checkpoint
@@ -64,10 +52,7 @@ def called(capsys, *words):
 def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(made, folder):
     """The error names it; from there the run ends as if nothing had been damaged."""
     run = Run.open(folder / "run")
-    newest = run.latest / "optimizer.safetensors"
-    data = bytearray(newest.read_bytes())
-    data[-1] ^= 1
-    newest.write_bytes(data)
+    flip(run.latest / "optimizer.safetensors", -1)
     with pytest.raises(CheckpointError, match="damaged") as caught:
         train(config(made), run.path, resume=True, quiet=True)
     assert caught.value.exit_code == 4
@@ -150,9 +135,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(made, tmp_path,
     saved = Run.open(run).load()
     assert saved.state["skipped"] == 1
     assert all(value.isfinite().all() for value in saved.model_tensors().values())
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    skipped = [json.loads(line) for line in lines if '"skip"' in line]
-    assert [event["step"] for event in skipped] == [3]
+    assert [event["step"] for event in events(run, "skip")] == [3]
 
 
 def test_a_text_of_one_character_is_learned(tmp_path):
@@ -162,16 +145,6 @@ def test_a_text_of_one_character_is_learned(tmp_path):
 
 
 # ---- code in disguise
-
-
-class Canary:
-    """Makes a directory when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = str(path)
-
-    def __reduce__(self):
-        return (os.mkdir, (self.path,))
 
 
 def test_nothing_that_is_read_is_ever_run(folder, capsys):
@@ -204,7 +177,7 @@ def test_nothing_that_is_read_is_ever_run(folder, capsys):
         ("train", folder / "manifest.json" / newest.relative_to(run), "train.max_steps=9"): 4,
     }
     for words, code in expected.items():
-        assert called(capsys, *words)[0] == code, words
+        assert complaint(capsys, *words)[0] == code, words
         assert not canary.exists(), words
     assert not (folder / "out").exists()
 

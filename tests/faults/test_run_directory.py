@@ -8,8 +8,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import pytest
+from command_kit import python
+from run_kit import save, value_of
 
 from octavo import disk
 from octavo.checkpoint import Run
@@ -23,26 +24,8 @@ def run(tmp_path: Path) -> Run:
     return Run.create(tmp_path / "runs" / "one", Config())
 
 
-def save(run: Run, step: int, keep: int = 2) -> Path:
-    """A checkpoint whose every number is its step."""
-    numbers = np.full(100, step, np.float32)
-    return run.save(step, {"w": numbers}, {"w.exp_avg": numbers}, {"tokens": step}, keep=keep)
-
-
-def value_of(run: Run) -> float:
-    return float(run.load().model_arrays()["w"].mean())
-
-
 def leftovers(run: Run) -> list[str]:
     return [p.name for p in run.path.rglob(".*")]
-
-
-def python(script: str, *args: object, **options: object) -> subprocess.CompletedProcess[str]:
-    """Run a script that needs no torch, in a process of its own."""
-    command = [sys.executable, "-c", CHILD + script, *map(str, args)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
-    assert result.returncode == 0, result.stderr
-    return result
 
 
 # What the child processes share. Forked ones start in a millisecond.
@@ -81,7 +64,7 @@ for point in sys.argv[2:]:
     pid = fork(Run.create, f"{sys.argv[1]}/{point}/runs/one", Config())
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) in (0, 137), point
 """
-    python(script, tmp_path, *points)
+    python(CHILD + script, tmp_path, *points)
     for point in points:
         path = tmp_path / point / "runs" / "one"
         assert not path.exists() or Run.open(path).config == Config(), point
@@ -100,7 +83,7 @@ except OctavoError as error:
     print(error.exit_code, error)
 """
     with tempfile.TemporaryDirectory() as folder:  # tmp_path is hidden from other users
-        result = python(script, folder)
+        result = python(CHILD + script, folder)
     assert result.stdout.startswith("6 cannot create the run run: Permission denied;")
 
 
@@ -131,7 +114,7 @@ for point in sys.argv[2:]:
     pid = fork(train, Run.open(path))
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 137, point
 """
-    python(script, run.path, *points)
+    python(CHILD + script, run.path, *points)
     new = 0
     for point in points:
         survivor = Run.open(run.path.parent / point)
@@ -184,7 +167,9 @@ for trial in range(50):
     step = saved.step
 print(step)
 """
-    assert int(python(script, run.path).stdout) > 2  # some children lived long enough to save
+    assert (
+        int(python(CHILD + script, run.path).stdout) > 2
+    )  # some children lived long enough to save
 
 
 def test_a_full_disk_at_any_byte_leaves_the_old_checkpoints_and_no_rest(run):
@@ -205,7 +190,7 @@ assert max(codes) < 200_000 + 8192, max(codes)
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 print(len(codes), [verify(path).step for path in run.checkpoints])
 """
-    refused, _, steps = python(script, run.path).stdout.partition(" ")
+    refused, _, steps = python(CHILD + script, run.path).stdout.partition(" ")
     assert int(refused) > 20
     assert steps == "[1, 2]\n"
 

@@ -8,7 +8,9 @@ import time
 
 import httpx
 import pytest
-from serving_kit import make_run, running
+from command_kit import wait_until
+from run_kit import make_run
+from serving_kit import running, streamed
 
 LEAVING = 10_000 if "OCTAVO_FAULTS" in os.environ else 60
 
@@ -16,13 +18,6 @@ LEAVING = 10_000 if "OCTAVO_FAULTS" in os.environ else 60
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     return make_run(tmp_path_factory.mktemp("runs") / "run", block_size=256)
-
-
-def wait_until(condition, seconds=10):
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.005)
 
 
 def served(server):
@@ -93,14 +88,9 @@ def test_readers_that_take_nothing_lose_their_streams(path):
 
 def test_a_lagging_reader_gets_several_tokens_an_event(path):
     """And all of them: nothing is lost, and there are fewer events than tokens."""
-    body = {"prompt": "abc", "max_tokens": 2000, "seed": 1, "stream": True}
     with running(path) as server, server.http() as http:
-        events = []
-        with http.stream("POST", "/v1/completions", json=body) as answer:
-            for line in answer.iter_lines():
-                if line:
-                    events.append(line.removeprefix("data: "))
-        text = "".join(json.loads(e)["choices"][0]["text"] for e in events[:-1])
+        events = streamed(http, {"prompt": "abc", "max_tokens": 2000, "seed": 1})
+        text = "".join(event["choices"][0]["text"] for event in events)
         assert text == server.models.find(None).lm.generate("abc", 2000, seed=1)
         assert len(events) < 1000
 

@@ -1,7 +1,6 @@
 """A server told to end finishes what it writes, and none opens to strangers. Rows 44, 45."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -10,13 +9,12 @@ from contextlib import contextmanager, suppress
 
 import httpx
 import pytest
-from serving_kit import make_run
+from command_kit import complaint
+from run_kit import make_run
 
 from octavo.errors import ConfigError
 from octavo.serving.limits import Limits
 from octavo.serving.serve import serve
-
-SERVE = [sys.executable, "-m", "octavo", "serve"]
 
 
 @pytest.fixture(scope="module")
@@ -25,14 +23,15 @@ def path(tmp_path_factory):
 
 
 @contextmanager
-def serving(*words):
+def serving(*words, host="127.0.0.1"):
     """`octavo serve` in a process of its own, and where it listens."""
-    command = [*SERVE, "--port", "0", "--max-tokens", "1000000", *map(str, words)]
+    command = [sys.executable, "-m", "octavo", "serve", "--port", "0", "--max-tokens", "1000000"]
+    command += map(str, words)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         line = process.stdout.readline()
-        assert line.startswith("serving run at http://127.0.0.1:"), process.stderr.read()
-        yield process, line.split()[3].removesuffix("/v1;")
+        assert line.startswith(f"serving run at http://{host}:"), process.stderr.read()
+        yield process, line.split()[3].removesuffix("/v1;").replace("0.0.0.0", "127.0.0.1")
     finally:
         process.kill()
         process.wait()
@@ -43,17 +42,22 @@ def stream(url, tokens):
     return httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30)
 
 
+def last_event(process, url, tokens, sign):
+    """What a stream ends with whose server is told to end after the first event."""
+    with stream(url, tokens) as answer:
+        lines = (line for line in answer.iter_lines() if line)
+        next(lines)
+        process.send_signal(sign)
+        *_, event, end = lines
+    assert end == "data: [DONE]"
+    return json.loads(event.removeprefix("data: "))
+
+
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
 def test_texts_in_work_are_finished(path, sign):
     with serving(path) as (process, url):
-        with stream(url, 30_000) as answer:
-            lines = (line for line in answer.iter_lines() if line)
-            events = [next(lines)]
-            process.send_signal(sign)
-            events += lines
-        assert events[-1] == "data: [DONE]"
-        last = json.loads(events[-2][6:])["choices"][0]
-        assert last["finish_reason"] == "length"
+        last = last_event(process, url, 30_000, sign)
+        assert last["choices"][0]["finish_reason"] == "length"
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{url}/ready")
         assert process.wait(10) == 0
@@ -62,13 +66,8 @@ def test_texts_in_work_are_finished(path, sign):
 
 def test_what_takes_longer_than_the_grace_is_told_so(path):
     with serving(path, "--grace", "0.3") as (process, url):
-        with stream(url, 1_000_000) as answer:
-            lines = (line for line in answer.iter_lines() if line)
-            events = [next(lines)]
-            process.send_signal(signal.SIGTERM)
-            events += lines
-        assert events[-1] == "data: [DONE]"
-        assert json.loads(events[-2][6:])["error"]["code"] == "closing"
+        last = last_event(process, url, 1_000_000, signal.SIGTERM)
+        assert last["error"]["code"] == "closing"
         assert process.wait(10) == 0
         assert "Traceback" not in process.stderr.read()
 
@@ -85,20 +84,6 @@ def test_a_second_signal_ends_it_at_once(path):
         assert process.wait(10) == 0
 
 
-def refused(*words, **environment):
-    """The exit code and the line of a start that is refused."""
-    result = subprocess.run(
-        [*SERVE, *map(str, words)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={**os.environ, **environment},
-    )
-    assert result.stderr.startswith("error: ")
-    assert result.stderr.count("\n") == 1
-    return result.returncode, result.stderr
-
-
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])
 def test_beyond_the_loopback_only_with_a_key(host):
     with pytest.raises(ConfigError, match="--api-key-file") as error:
@@ -106,32 +91,27 @@ def test_beyond_the_loopback_only_with_a_key(host):
     assert error.value.exit_code == 2
 
 
-@pytest.mark.long
-def test_starts_that_cannot_be(path, tmp_path):
+def test_starts_that_cannot_be(path, tmp_path, capsys):
     empty = tmp_path / "key.txt"
     empty.write_text("\n")
-    assert refused(path, "--host", "0.0.0.0")[0] == 2
-    assert refused(path, "--api-key-file", empty)[0] == 2
-    assert refused(path, "--api-key-file", tmp_path / "nowhere")[0] == 2
-    assert refused(path, "--port", "70000")[0] == 2
-    assert refused(path, "--slots", "0")[0] == 2
-    assert refused(tmp_path / "nowhere")[0] == 2
+    for words in (
+        [path, "--host", "0.0.0.0"],
+        [path, "--api-key-file", empty],
+        [path, "--api-key-file", tmp_path / "nowhere"],
+        [path, "--port", 70000],
+        [path, "--slots", 0],
+        [tmp_path / "nowhere"],
+    ):
+        assert complaint(capsys, "serve", *words)[0] == 2
     with serving(path) as (_, url):
-        code, line = refused(path, "--port", url.rpartition(":")[2])
+        code, line = complaint(capsys, "serve", path, "--port", url.rpartition(":")[2])
         assert code == 6
         assert "--port" in line
 
 
 def test_a_key_from_the_environment_opens_it_to_others(path, monkeypatch):
     monkeypatch.setenv("OCTAVO_API_KEY", "secret")
-    process = subprocess.Popen(
-        [*SERVE, str(path), "--host", "0.0.0.0", "--port", "0"], stdout=subprocess.PIPE, text=True
-    )
-    try:
-        port = process.stdout.readline().split()[3].rpartition(":")[2].removesuffix("/v1;")
-        url = f"http://127.0.0.1:{port}/v1/models"
-        assert httpx.get(url).status_code == 401
-        assert httpx.get(url, headers={"Authorization": "Bearer secret"}).status_code == 200
-    finally:
-        process.kill()
-        process.wait()
+    with serving(path, "--host", "0.0.0.0", host="0.0.0.0") as (_, url):
+        asked = f"{url}/v1/models"
+        assert httpx.get(asked).status_code == 401
+        assert httpx.get(asked, headers={"Authorization": "Bearer secret"}).status_code == 200

@@ -1,11 +1,10 @@
 """Damaged token files are refused where they are opened or verified, by name and place."""
 
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+from command_kit import python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -236,17 +235,11 @@ from octavo.text.shards import write_shard
 """
 
 
-def run(script, path):
-    command = [sys.executable, "-c", CHILD + script, str(path)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
-
-
 def test_a_shard_is_whole_or_absent_after_a_kill(tmp_path):
     for point, there in (("prepared", False), ("replaced", True)):
         path = tmp_path / f"{point}.npy"
         script = f"os.environ['OCTAVO_FAILPOINT'] = '{path.name}-{point}'\n"
-        result = run(script + "write_shard(sys.argv[1], np.arange(9))", path)
-        assert result.returncode == 137, result.stderr
+        python(CHILD + script + "write_shard(sys.argv[1], np.arange(9))", path, ends=137)
         assert path.exists() == there
         if there:
             np.testing.assert_array_equal(read_tokens(path), np.arange(9))
@@ -261,6 +254,5 @@ try:
 except OctavoError as error:
     print(error.exit_code, error)
 """
-    result = run(script, tmp_path / "a.npy")
-    assert result.stdout.startswith("6 cannot write"), result.stderr
+    assert python(CHILD + script, tmp_path / "a.npy").stdout.startswith("6 cannot write")
     assert not list(tmp_path.iterdir())

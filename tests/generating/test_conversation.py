@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from serving_kit import LETTERS, TALKING, make_run
+from run_kit import LETTERS, TALKING, make_run
 
 import octavo
 from octavo.errors import ConfigError
@@ -112,10 +112,10 @@ def test_commands_change_what_comes_next(talker, monkeypatch, capsys):
         ("/help", "/save FILE"),
         ("/set", "temperature 0.7"),
         ("/set temprature 1", "did you mean temperature?"),
-        ("/set temperature hot", "takes a number, not 'hot'"),
-        ("/set top_k 1.5", "takes a whole number"),
+        ("/set temperature hot", "temperature is 'hot'; give a number"),
+        ("/set top_k 1.5", "give a whole number"),
         ("/set temperature -1", "temperature"),
-        ("/set max_new_tokens 0", "give 1 or more"),
+        ("/set max_new_tokens 0", "give a whole number of at least 1"),
         ("/save", "name a file"),
         ("/save x.txt", "nothing was said yet"),
         ("/dance", "there is no /dance; /help"),

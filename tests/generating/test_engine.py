@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from model_kit import random_model
 
 from octavo.errors import ConfigError, NonFiniteError
 from octavo.generating.engine import TorchEngine
@@ -18,13 +19,8 @@ PROMPTS = [[3], [1, 2, 3, 4, 5], list(range(13)), [5, 4] * 20, [9, 9, 9]]
 
 
 def make_model(seed=0, **settings):
-    """A tiny model whose every parameter matters: default weights give almost flat logits."""
-    torch.manual_seed(seed)
     shape = {"vocab_size": VOCAB, "block_size": 16, "n_layer": 2, "n_head": 2, "d_model": 16}
-    model = GPT(ModelConfig(**{**shape, **settings}))
-    for parameter in model.parameters():
-        parameter.data += 0.3 * torch.randn_like(parameter)
-    return model
+    return random_model(ModelConfig(**{**shape, **settings}), seed)
 
 
 def make_slot(index, prompt, sampling=SAMPLED, n=0):

@@ -9,7 +9,8 @@ import textwrap
 import pytest
 
 from octavo.config import Config
-from octavo.generating import choosing, native_build
+from octavo.errors import ConfigError
+from octavo.generating import choosing, native_build, native_structures
 from octavo.generating.engine import TorchEngine
 from octavo.generating.native import NativeEngine
 from octavo.generating.native_build import NoLibraryError, built, find_compiler, load_library
@@ -148,7 +149,7 @@ def run(tmp_path):
     torch.manual_seed(0)
     model = ModelConfig(vocab_size=32, block_size=16, n_layer=1, n_head=2, d_model=16)
     weights = GPT(model).state_dict()
-    return Run.create_with_weights(tmp_path / "run", Config(model=model), None, {}, weights).path
+    return Run.create(tmp_path / "run", Config(model=model), None, {}, weights).path
 
 
 def ids(run, **how):
@@ -169,6 +170,18 @@ def test_without_a_compiler_pytorch_writes_the_same_and_says_so_once(run, monkey
     assert len(said) == 1
     assert "there is no C++ compiler" in said[0]
     with pytest.raises(ValueError, match="the native engine is not here: there is no C"):
+        ids(run, engine="native")
+
+
+def test_a_part_that_the_engine_has_not_is_written_by_pytorch(run, monkeypatch, capsys):
+    """A norm or an MLP added to the configuration was a ValueError out of a tuple's index."""
+    expected = ids(run)
+    choosing.tell_once.cache_clear()
+    monkeypatch.setattr(native_structures, "NORM_KINDS", ("layernorm",))
+    assert ids(run) == expected
+    said = "the native engine is not here: it has no rmsnorm, only layernorm"
+    assert capsys.readouterr().err == f"{said}; PyTorch writes, more slowly\n"
+    with pytest.raises(ConfigError, match=said):
         ids(run, engine="native")
 
 

@@ -6,13 +6,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from model_kit import random_model
 
 from octavo.generating.engine import TorchEngine
 from octavo.generating.recording import Recorder, WatchedEngine, attention_weights, token_text
 from octavo.generating.sampling import Sampling
 from octavo.generating.writing import window_start, write
 from octavo.model.attention import sdpa
-from octavo.model.gpt import GPT
 from octavo.model_config import ModelConfig
 from octavo.text.tokenizer import Tokenizer
 
@@ -20,12 +20,8 @@ VOCAB = 29
 
 
 def make_model(**settings):
-    torch.manual_seed(0)
     shape = {"vocab_size": VOCAB, "block_size": 16, "n_layer": 2, "n_head": 4, "d_model": 16}
-    model = GPT(ModelConfig(**{**shape, **settings}))
-    for parameter in model.parameters():
-        parameter.data += 0.3 * torch.randn_like(parameter)
-    return model.eval()
+    return random_model(ModelConfig(**{**shape, **settings}))
 
 
 def in_one_pass(model, ids):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from model_kit import random_model
 
 from octavo.config import ModelConfig
 from octavo.generating import speculative
@@ -18,7 +19,6 @@ from octavo.generating.native import NativeEngine, NativeModel, as_stored
 from octavo.generating.sampling import PRESETS, Sampling, probabilities
 from octavo.generating.speculative import LookupDrafter, ModelDrafter, Pace, SpeculativeEngine
 from octavo.generating.writing import Slot, write
-from octavo.model.gpt import GPT
 
 VOCAB = 13
 GREEDY = PRESETS["greedy"]
@@ -26,11 +26,7 @@ PROMPTS = [[3], [1, 2, 3, 4, 5], [5, 4] * 20, list(range(13))]
 
 
 def make_model(seed=0, **shape):
-    torch.manual_seed(seed)
-    model = GPT(ModelConfig(**{**LARGE, **shape}))
-    for parameter in model.parameters():
-        parameter.data += 0.3 * torch.randn_like(parameter)
-    return model
+    return random_model(ModelConfig(**{**LARGE, **shape}), seed)
 
 
 LARGE = {"vocab_size": VOCAB, "block_size": 24, "n_layer": 2, "n_head": 2, "d_model": 16}

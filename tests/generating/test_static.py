@@ -5,6 +5,7 @@ import types
 
 import pytest
 import torch
+from model_kit import random_model
 
 from octavo.config import ModelConfig
 from octavo.errors import ConfigError
@@ -13,18 +14,13 @@ from octavo.generating.sampling import PRESETS, Sampling
 from octavo.generating.static import flash_attention
 from octavo.generating.writing import Slot, write
 from octavo.model.attention import sdpa
-from octavo.model.gpt import GPT
 
 PROMPTS = [[3], [1, 2, 3, 4, 5], [5, 4] * 12, list(range(9))]
 
 
 def make_model(**shape):
-    torch.manual_seed(0)
     small = {"vocab_size": 13, "block_size": 16, "n_layer": 2, "n_head": 2, "d_model": 16}
-    model = GPT(ModelConfig(**{**small, **shape}))
-    for parameter in model.parameters():
-        parameter.data += 0.3 * torch.randn_like(parameter)
-    return model
+    return random_model(ModelConfig(**{**small, **shape}))
 
 
 def written(engine, sampling=PRESETS["greedy"], count=40):

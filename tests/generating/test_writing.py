@@ -1,15 +1,14 @@
 import codecs
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from model_kit import random_model
 
 from octavo.errors import ConfigError, NonFiniteError
 from octavo.generating.engine import TorchEngine
 from octavo.generating.sampling import PRESETS, Sampling
 from octavo.generating.writing import STRIDE, complete, split_at_stop, write
-from octavo.model.gpt import GPT
 from octavo.model_config import ModelConfig
 from octavo.text.tokenizer import Tokenizer
 
@@ -279,12 +278,7 @@ def test_what_cannot_be_written_is_refused_at_once(change, message):
 @pytest.fixture(scope="module")
 def model():
     """A tiny model over bytes, whose text is mostly invalid UTF-8."""
-    torch.manual_seed(0)
-    config = ModelConfig(vocab_size=256, block_size=16, n_layer=1, n_head=2, d_model=16)
-    model = GPT(config)
-    for parameter in model.parameters():
-        parameter.data += 0.3 * torch.randn_like(parameter)
-    return model
+    return random_model(ModelConfig(vocab_size=256, block_size=16, n_layer=1, n_head=2, d_model=16))
 
 
 BYTES = Tokenizer.byte()

@@ -7,28 +7,24 @@ a run, and out again. What comes back is the same bit for bit.
 
 import copy
 import json
-from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
+from command_kit import figures, printed
+from model_kit import perturb
+from stock_kit import GPT2, NEOX, SMALL, THEIRS, assert_same_logits, stock, transformers
+from training_kit import FOX, events
+from training_kit import trained as learned
 
 import octavo
 from octavo.checkpoint import Run
-from octavo.commands import export, import_
-from octavo.config import load_config
 from octavo.exchanging.exporting import export_huggingface
 from octavo.exchanging.importing import import_model
 from octavo.exchanging.parity import random_rows
 from octavo.model.gpt import GPT
 from octavo.model_config import ModelConfig, RopeScaling
-from octavo.training.loop import train
 
-transformers = pytest.importorskip("transformers")
-
-SMALL = dict(vocab_size=31, block_size=24, n_layer=2, n_head=4, d_model=32, d_ff=56)
-GPT2 = dict(position="learned", norm="layernorm", mlp="gelu_tanh")
-NEOX = dict(norm="layernorm", mlp="gelu")
 OURS = {
     "gpt2": ("GPT2LMHeadModel", dict(GPT2, bias=True)),
     "gpt2, norm biases only": ("GPT2LMHeadModel", dict(GPT2, mlp="gelu", norm_bias=True)),
@@ -49,45 +45,6 @@ OURS = {
         dict(rope_scaling=RopeScaling(type="llama3", factor=8.0, original_block_size=16)),
     ),
 }  # fmt: skip
-THEIRS = {
-    "GPT2LMHeadModel": dict(activation_function="gelu_new"),
-    "GPTBigCodeForCausalLM": dict(multi_query=True),
-    "GPTNeoXForCausalLM": dict(use_parallel_residual=False, rotary_pct=1.0),
-    "Starcoder2ForCausalLM": dict(num_key_value_heads=2, use_bias=True),
-    "StableLmForCausalLM": dict(num_key_value_heads=2, partial_rotary_factor=1.0),
-    "LlamaForCausalLM": dict(num_key_value_heads=2, attention_bias=True),
-    "Qwen3ForCausalLM": dict(num_key_value_heads=2, head_dim=12),
-}
-
-
-def perturb(module):
-    """Give every parameter a value of its own, far from its default."""
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            std = 0.15 if parameter.dim() > 1 else 0.3
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * std)
-    return module.eval()
-
-
-def stock(name, **options):
-    shape = dict(vocab_size=31, max_position_embeddings=24, num_hidden_layers=2, hidden_size=32)
-    shape |= dict(num_attention_heads=4, bos_token_id=None, eos_token_id=None)
-    cls = getattr(transformers, name)
-    if "n_inner" not in cls.config_class().to_dict():
-        shape["intermediate_size"] = 56
-    return perturb(cls(cls.config_class(**(shape | THEIRS[name] | options))))
-
-
-def ids():
-    return torch.randint(0, 31, (2, 24), generator=torch.Generator().manual_seed(1))
-
-
-@torch.no_grad()
-def assert_same_logits(ours, theirs):
-    wanted, given = theirs(ids()).logits, ours(ids())
-    assert (given - wanted).abs().max() <= 1e-5 * wanted.abs().max()
-    assert wanted.std() > 0.1  # the comparison is of something
 
 
 def assert_same_bits(one, other):
@@ -109,7 +66,7 @@ def test_out_to_a_directory_and_back_as_a_run(case, tmp_path):
     assert type(theirs).__name__ == name
     assert_same_logits(ours, theirs)
     imported = import_model(str(tmp_path / "out"), tmp_path / "run")
-    assert imported.largest_difference <= 1e-5
+    assert imported["largest_difference"] <= 1e-5
     back = octavo.load(tmp_path / "run", device="cpu").model
     assert_same_bits(ours.state_dict(), back.state_dict())
 
@@ -176,7 +133,7 @@ def test_llama_files_as_they_are_found(layout, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     (tmp_path / "theirs" / "config.json").write_text(json.dumps(given), encoding="utf-8")
     imported = import_model(str(tmp_path / "theirs"), tmp_path / "run")
-    assert imported.largest_difference <= 1e-5
+    assert imported["largest_difference"] <= 1e-5
     assert_same_logits(octavo.load(tmp_path / "run", device="cpu").model, theirs)
 
 
@@ -198,28 +155,17 @@ def test_gpt2_as_the_hub_has_it(tmp_path):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A small model that really learned something, with a separator and a padded vocabulary."""
-    folder = tmp_path_factory.mktemp("trained")
-    text = folder / "fox.txt"
-    line = "The quick brown fox jumps over the lazy dog. Pack my box with five dozen jugs.\n"
-    text.write_text(line * 40, encoding="utf-8")
     settings = (
         "model.block_size=32", "model.n_layer=2", "model.n_head=4", "model.n_kv_head=2",
         "model.d_model=32", "model.pad_vocab_to=64", "data.separator=true", "optim.lr=1e-2",
-        f"data.source={json.dumps(str(text))}", "train.max_steps=60", "train.micro_batch_size=8",
+        "train.max_steps=60", "train.micro_batch_size=8",
         "eval.every=20", "eval.windows=8", "log.sample_every=0", "log.sample_tokens=5",
     )  # fmt: skip
-    return train(load_config(None, settings), folder / "run", quiet=True).run
-
-
-def options(*words, **more):
-    defaults = dict(to="hf", type="F16", base=None, force=False, json=True)
-    defaults |= dict(tokenizer=None, architecture=None)
-    return Namespace(words=[str(word) for word in words], **(defaults | more))
+    return learned(FOX, tmp_path_factory.mktemp("trained") / "run", *settings)
 
 
 def test_a_trained_model_out_and_back_bit_for_bit(trained, tmp_path, capsys):
-    export.run(options(trained, tmp_path / "out"), [])
-    facts = json.loads(capsys.readouterr().out)
+    facts = figures(capsys, "export", trained, tmp_path / "out", "--to", "hf")
     assert facts["text"] == "the run's validation text"
     assert facts["greedy_tokens"] > 0
     lm = octavo.load(trained, device="cpu")
@@ -232,7 +178,7 @@ def test_a_trained_model_out_and_back_bit_for_bit(trained, tmp_path, capsys):
     assert tokenizer.decode(written) == prompt + lm.generate(
         prompt, max_new_tokens=16, preset="greedy"
     )
-    import_.run(options(tmp_path / "out", tmp_path / "back"), [])
+    printed(capsys, "import", tmp_path / "out", tmp_path / "back")
     back = octavo.load(tmp_path / "back", device="cpu")
     assert_same_bits(lm.model.state_dict(), back.model.state_dict())
     assert back.tokenizer.fingerprint == lm.tokenizer.fingerprint
@@ -240,12 +186,11 @@ def test_a_trained_model_out_and_back_bit_for_bit(trained, tmp_path, capsys):
 
 
 def test_the_card_says_what_the_run_recorded(trained, tmp_path, capsys):
-    export.run(options(trained, tmp_path / "out"), [])
+    facts = figures(capsys, "export", trained, tmp_path / "out", "--to", "hf")
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     run = Run.open(trained)
-    lines = (trained / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     step = json.loads((run.best / "manifest.json").read_bytes())["step"]
-    (event,) = [e for e in map(json.loads, lines) if (e["event"], e["step"]) == ("eval", step)]
+    (event,) = [event for event in events(trained, "eval") if event["step"] == step]
     data = json.loads((trained / "data.json").read_bytes())
     parameters = sum(p.numel() for p in octavo.load(trained, device="cpu").model.parameters())
     for true in (
@@ -255,14 +200,14 @@ def test_the_card_says_what_the_run_recorded(trained, tmp_path, capsys):
         f"| Steps | {step:,} |",
         f"| Tokens learned from | {step * 8 * 32:,} |",
         data["sha256"],
-        f"{json.loads(capsys.readouterr().out)['perplexity']:.6g}",
+        f"{facts['perplexity']:.6g}",
     ):
         assert true in card, true
 
 
-def test_padding_is_never_written(trained, tmp_path):
+def test_padding_is_never_written(trained, tmp_path, capsys):
     """The vocabulary is padded to 64: transformers must not write what octavo never would."""
-    export.run(options(trained, tmp_path / "out"), [])
+    printed(capsys, "export", trained, tmp_path / "out", "--to", "hf")
     lm = octavo.load(trained, device="cpu")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert lm.tokenizer.vocab_size < 64 == theirs.config.vocab_size

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from model_kit import random_model
 
-from octavo.model.gpt import GPT
 from octavo.model_config import ModelConfig
 
 TINY = dict(vocab_size=17, block_size=16, n_layer=2, n_head=4, d_model=16, d_ff=24)
@@ -12,12 +12,7 @@ TINY = dict(vocab_size=17, block_size=16, n_layer=2, n_head=4, d_model=16, d_ff=
 @pytest.fixture
 def make_model():
     def make(seed=0, **switches):
-        torch.manual_seed(seed)
-        model = GPT(ModelConfig(**(TINY | switches)))
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.dim() > 1 else 0.2))
-        return model.eval()
+        return random_model(ModelConfig(**(TINY | switches)), seed)
 
     return make
 

@@ -219,22 +219,6 @@ def test_nothing_to_predict_costs_nothing(make_model, ids):
     assert cross_entropy(make_model(), ids, torch.full_like(ids, -100)).item() == 0
 
 
-def test_a_document_mask_separates_documents(make_model, ids, assert_near):
-    """With RoPE a packed document cannot tell where in the row it stands."""
-    model = make_model()
-    document = torch.tensor([0] * 6 + [1] * 10)
-    mask = (document[:, None] == document) & torch.ones(16, 16, dtype=torch.bool).tril()
-    packed = model(ids, mask=mask[None, None])
-    assert_near(packed[:, :6], model(ids[:, :6]))
-    assert_near(packed[:, 6:], model(ids[:, 6:]))
-    targets = ids.roll(-1, dims=1)
-    loss = cross_entropy(model, ids, targets, mask=mask[None, None])
-    apart = cross_entropy(model, ids[:, :6], targets[:, :6]) + cross_entropy(
-        model, ids[:, 6:], targets[:, 6:]
-    )
-    torch.testing.assert_close(loss, apart)
-
-
 @pytest.mark.parametrize("kind", [None, "linear", "ntk", "yarn", "llama3"])
 def test_rope_runs_beyond_the_length_it_was_built_for(make_model, assert_near, kind):
     scaling = kind and RopeScaling(type=kind, factor=4.0, original_block_size=16)

@@ -33,7 +33,7 @@ def test_a_cell_is_as_dark_as_its_share_of_its_row(tmp_path):
     assert white.mean() > dark.mean()
 
 
-@pytest.mark.filterwarnings("ignore:Glyph")  # what the font lacks becomes a box
+@pytest.mark.filterwarnings("error")  # what the font lacks becomes a box
 @pytest.mark.parametrize("label", ["$a_{$", "a_{b", "x" * 500, "日本語", "<b>", "two\nlines"])
 def test_labels_are_drawn_as_they_are(tmp_path, label):
     draw_confusion(make_report(2, [label, "other"]), tmp_path / "a.png")

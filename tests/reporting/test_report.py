@@ -1,10 +1,10 @@
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from command_kit import python
 
 from octavo.errors import ConfigError, DataError
 from octavo.reporting.report import draw_run, read_metrics, write_report
@@ -165,5 +165,5 @@ def test_reports_and_curves_need_neither_torch_nor_pyplot(tmp_path: Path):
         "sys.exit([m for m in ('torch', 'matplotlib.pyplot') if m in sys.modules] or 0)"
     )
     run = write(tmp_path / "run", *WHOLE)
-    assert subprocess.run([sys.executable, "-c", script, str(run)], check=False).returncode == 0
+    python(script, run)
     assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")

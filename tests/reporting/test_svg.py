@@ -17,7 +17,6 @@ from octavo.reporting.svg import (
     TOP,
     WIDTH,
     Line,
-    Mark,
     Scale,
     chart,
     round_step,
@@ -117,9 +116,7 @@ def test_a_legend_names_each_line_that_has_a_name():
 
 
 def test_marks_say_what_they_are_and_only_where_the_axis_is():
-    drawn = figure(
-        [Line(STEPS, STEPS)], marks=[Mark(50, "spike", "spike <50>"), Mark(500, "end", "later")]
-    )
+    drawn = figure([Line(STEPS, STEPS)], spikes=[(50, "spike <50>"), (500, "later")])
     assert [title.text for title in drawn.iter("title")] == ["spike <50>"]
 
 

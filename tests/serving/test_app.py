@@ -1,12 +1,12 @@
 """OpenAI's own client, unchanged, against a real server; its texts are `octavo generate`'s."""
 
-import json
 import math
 
 import openai
 import pytest
 import torch
-from serving_kit import LETTERS, TALKING, make_run, running
+from run_kit import LETTERS, TALKING, make_run
+from serving_kit import running, streamed
 
 import octavo
 from octavo.adapting.assemble import assemble
@@ -134,10 +134,12 @@ def test_chat_follows_the_runs_template(client, models, stream):
             len(chunks) - 1
         )
         text = "".join(c.choices[0].delta.content for c in chunks)
+        answer = chunks[-1]
     else:
         assert answer.choices[0].message.role == "assistant"
         text = answer.choices[0].message.content
-    assert text == wanted.removesuffix("<|endoftext|>")
+    assert text + "<|endoftext|>" == wanted
+    assert answer.choices[0].finish_reason == "stop"
 
 
 def test_a_base_model_does_not_chat(client):
@@ -200,14 +202,12 @@ def test_chat_logprobs(client):
 @pytest.mark.parametrize("model", ["base", "bytes"])
 def test_explained_tokens_join_to_the_text(server, model):
     body = {"model": model, "prompt": "abc", "max_tokens": 40, "seed": 4, "explain": True}
-    body |= {"top_k": 9, "top_p": 0.9, "stream": True, "n": 2, "stop": ["ea"]}
+    body |= {"top_k": 9, "top_p": 0.9, "n": 2, "stop": ["ea"]}
     texts, tokens = ["", ""], ["", ""]
-    with server.http() as http, http.stream("POST", "/v1/completions", json=body) as answer:
-        assert answer.headers["content-type"].startswith("text/event-stream")
-        *events, last = [line for line in answer.iter_lines() if line]
-    assert last == "data: [DONE]"
+    with server.http() as http:
+        events = streamed(http, body)
     for event in events:
-        (choice,) = json.loads(event.removeprefix("data: "))["choices"]
+        (choice,) = event["choices"]
         texts[choice["index"]] += choice["text"]
         tokens[choice["index"]] += "".join(token["text"] for token in choice["tokens"])
         assert tokens[choice["index"]] == texts[choice["index"]][: len(tokens[choice["index"]])]
@@ -222,10 +222,8 @@ def test_whole_characters_only(server, models):
     """Bytes that are no UTF-8 come out as U+FFFD, never as half a character or a broken event."""
     body = {"model": "bytes", "prompt": "é", "max_tokens": 60, "temperature": 2, "seed": 1}
     with server.http() as http:
-        with http.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
-            events = [line[6:] for line in answer.iter_lines() if line][:-1]
+        text = "".join(event["choices"][0]["text"] for event in streamed(http, body))
         whole = http.post("/v1/completions", json=body).json()["choices"][0]["text"]
-    text = "".join(json.loads(event)["choices"][0]["text"] for event in events)
     assert text == whole == models["bytes"].generate("é", 60, temperature=2, seed=1)
 
 
@@ -246,7 +244,7 @@ def test_adapters_are_models_of_their_own(tmp_path):
     model = assemble(config, base.model)
     torch.manual_seed(1)
     trained = {n: torch.randn_like(p) for n, p in model.named_parameters() if p.requires_grad}
-    Run.create_with_weights(tmp_path / "voice", config, base.tokenizer, {}, trained)
+    Run.create(tmp_path / "voice", config, base.tokenizer, {}, trained)
     with running(tmp_path / "base", tmp_path / "voice") as server:
         texts = [
             server.openai().completions.create(model=m, prompt="abc", seed=1).choices[0].text
@@ -270,6 +268,7 @@ def test_metrics_count(server):
     lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if line[0] != "#")
     assert float(lines['octavo_requests_total{path="/v1/completions",status="200"}']) >= 1
     assert float(lines['octavo_requests_total{path="other",status="404"}']) >= 1
+    assert float(lines['octavo_read_tokens_total{model="base"}']) >= 1
     assert float(lines['octavo_written_tokens_total{model="base"}']) >= 7
     assert float(lines['octavo_slots_in_use{model="base"}']) == 0
     assert float(lines['octavo_queue{model="base"}']) == 0

@@ -5,9 +5,10 @@ import shutil
 
 import pytest
 from page_kit import Page
+from run_kit import TALKING, make_run
 from selenium import webdriver
 from selenium.webdriver.common.keys import Keys
-from serving_kit import TALKING, make_run, running
+from serving_kit import running
 
 from octavo.text.tokenizer import Tokenizer
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from serving_kit import LETTERS, make_run
+from run_kit import LETTERS, make_run
 
 from octavo.errors import NonFiniteError
 from octavo.generating.sampling import Sampling, probabilities
@@ -37,6 +37,12 @@ def serving(path, engine="native", **limits):
         served.scheduler.close()
         served.scheduler.thread.join(20)
         assert not served.scheduler.thread.is_alive()
+
+
+def tried(trial, path, engine="native", **limits):
+    """What ``trial(served)`` finds out."""
+    with serving(path, engine, **limits) as served:
+        return asyncio.run(trial(served))
 
 
 def start(served, prompt, most=30, n=1, stop=(), seconds=60, tops=None, explained=False, **how):
@@ -106,8 +112,7 @@ def test_prompts_are_read_in_chunks_between_others_tokens(tmp_path):
         await finish(start(served, "ba" * 200, most=2))
         short.cancel()
 
-    with serving(path) as served:
-        asyncio.run(trial(served))
+    tried(trial, path)
     chunks = [*range(CHUNK, 400, CHUNK), 400]
     assert [each for each in steps if each[0]] == [([n], n > 1, 1) for n in (1, *chunks)]
 
@@ -132,8 +137,7 @@ def test_a_shared_beginning_is_read_once(tmp_path, engine):
         assert read._value.get() - before <= 4
         assert again == lm.generate([longer], 20)
 
-    with serving(path, engine, slots=6) as served:
-        asyncio.run(trial(served))
+    tried(trial, path, engine, slots=6)
 
 
 def test_cancelled_rows_leave_within_two_steps(tmp_path):
@@ -159,8 +163,7 @@ def test_cancelled_rows_leave_within_two_steps(tmp_path):
             await finish(reading)
         assert (await finish(start(served, "a", most=3)))[0] == [load(path).generate("a", 3)]
 
-    with serving(path, slots=3) as served:
-        asyncio.run(trial(served))
+    tried(trial, path, slots=3)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -196,10 +199,9 @@ def test_a_model_that_fails_at_one_text_goes_on_with_the_others(tmp_path, engine
         after = [start(served, p, most=25, seed=s, top_k=4) for p, s in asked[2:]]
         return finished + [(await finish(job))[0][0] for job in after]
 
-    with serving(path, engine, slots=4) as served:
-        assert asyncio.run(trial(served)) == [
-            alone(*each) for each in zip(prompts, seeds, strict=True)
-        ]
+    assert tried(trial, path, engine, slots=4) == [
+        alone(*each) for each in zip(prompts, seeds, strict=True)
+    ]
 
 
 def test_a_bug_ends_what_is_in_work_and_nothing_else(tmp_path):
@@ -212,8 +214,7 @@ def test_a_bug_ends_what_is_in_work_and_nothing_else(tmp_path):
         assert (await finish(start(served, "a", most=4)))[1]
         assert served.scheduler.thread.is_alive()
 
-    with serving(make_run(tmp_path / "run"), slots=2) as served:
-        asyncio.run(trial(served))
+    tried(trial, make_run(tmp_path / "run"), slots=2)
 
 
 def test_what_takes_too_long_is_told_so_and_the_queue_has_an_end(tmp_path):
@@ -233,8 +234,7 @@ def test_what_takes_too_long_is_told_so_and_the_queue_has_an_end(tmp_path):
         for job in jobs[1:]:
             assert len((await finish(job))[1]) == 3
 
-    with serving(make_run(tmp_path / "run"), slots=1, queue=2, tokens=100_000) as served:
-        asyncio.run(trial(served))
+    tried(trial, make_run(tmp_path / "run"), slots=1, queue=2, tokens=100_000)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -246,8 +246,7 @@ def test_an_explanation_is_what_the_token_was_drawn_from(tmp_path, engine, how):
     async def trial(served):
         return await finish(start(served, "abc", most=12, explained=True, **how))
 
-    with serving(path, engine) as served:
-        (text,), pieces = asyncio.run(trial(served))
+    (text,), pieces = tried(trial, path, engine)
     assert text == lm.generate("abc", 12, **how)
     ids, vocab = LETTERS.encode("abc"), LETTERS.vocab_size
     for written in pieces:
@@ -284,8 +283,7 @@ def test_a_scored_prompt_has_the_models_own_probabilities(tmp_path, engine):
         text = "".join(each.piece.text for each in begun) + (await finish(beside))[0][0]
         return job.prompt_tops[0], text
 
-    with serving(path, engine) as served:
-        tops, text = asyncio.run(trial(served))
+    tops, text = tried(trial, path, engine)
     assert text == lm.generate("abc", 400, seed=5)
     logits = np.float64(lm.logits(ids := LETTERS.encode(prompt))[:-1, : LETTERS.vocab_size])
     logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))

@@ -6,7 +6,8 @@ import shlex
 from pathlib import Path
 
 import pytest
-from serving_kit import TALKING, make_run, running
+from run_kit import TALKING, make_run
+from serving_kit import running
 
 from octavo.commands import serve as command
 from octavo.serving.schemas import ChatRequest, CompletionRequest

@@ -7,7 +7,7 @@ import types
 
 import numpy as np
 import pytest
-from rich.console import Console
+from training_kit import events
 
 from octavo.checkpoint import Run
 from octavo.errors import ConfigError, Preempted
@@ -24,7 +24,6 @@ SMALL = [
     "log.sample_tokens=1", "log.every=2", "optim.lr=1e-2",
 ]  # fmt: skip
 TWO = ["model.position=learned,rope"]
-SILENT = Console(quiet=True)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +46,7 @@ def plan(text, out, vary=TWO, *settings, seeds=2, **how):
 
 def trained(study):
     study = begin(study)
-    train_runs(study, SILENT)
+    list(train_runs(study))
     return study
 
 
@@ -201,9 +200,8 @@ def test_the_table_is_what_the_runs_logged(finished):
     found = judge_study(finished)
     for row, arm in zip(found.rows, finished.arms, strict=True):
         for loss, seed in zip(row.losses, finished.seeds, strict=True):
-            lines = (finished.run(arm, seed) / "metrics.jsonl").read_text().splitlines()
-            logged = [e["val_loss"] for e in map(json.loads, lines) if e["event"] == "eval"]
-            assert loss == pytest.approx(logged[-1], rel=1e-6)
+            last = events(finished.run(arm, seed), "eval")[-1]
+            assert loss == pytest.approx(last["val_loss"], rel=1e-6)
         assert row.tokens == 6 * 4 * 16
         assert row.seconds > 0
     assert found.rows[0].against_first is None

@@ -5,8 +5,8 @@ import math
 
 import numpy as np
 import pytest
+from training_kit import config_of
 
-from octavo.config import load_config
 from octavo.errors import ConfigError, DataError
 from octavo.language_model import load
 from octavo.studies.judging import Stretches, Windows, check_side, find_runs, make_ruler
@@ -35,8 +35,7 @@ def folder(tmp_path_factory):
         "other": [f"data.source={folder / 'other.txt'}"],
     }
     for name, settings in made.items():
-        config = load_config(None, [*SMALL, f"data.source={folder / 'sea.txt'}", *settings])
-        train(config, folder / name, quiet=True)
+        train(config_of(folder / "sea.txt", *SMALL, *settings), folder / name, quiet=True)
     return folder
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from training_kit import config_of, events
 
 from octavo.adapting.assemble import assemble
 from octavo.adapting.lora import trainable_parameters
@@ -25,7 +26,7 @@ from octavo.studies import plan as plan_module
 from octavo.studies import plan_probe
 from octavo.studies.plan import Plan, count_plan, make_plan, occasions, timed_plan
 from octavo.studies.plan_probe import Probe, probe
-from octavo.studies.plan_remarks import amount, remarks_on, size
+from octavo.studies.plan_remarks import remarks_on
 from octavo.text.batches import Batches
 from octavo.training.loop import train
 from octavo.training.request import finetune_request
@@ -52,8 +53,7 @@ def text(tmp_path):
 
 
 def task_of(text, tmp_path, *settings):
-    config = load_config(None, [*SMALL, f"data.source={json.dumps(str(text))}", *settings])
-    return prepare(config, "cpu", tmp_path / "run")
+    return prepare(config_of(text, *SMALL, *settings), "cpu", tmp_path / "run")
 
 
 def of_many_tokens(tokens, *settings, val=True):
@@ -89,7 +89,7 @@ def test_the_figures_are_the_runs(text, tmp_path):
 def test_adapters_train_a_part(text, tmp_path):
     task = task_of(text, tmp_path)
     weights = GPT(task.config.model).state_dict()
-    base = Run.create_with_weights(tmp_path / "base", task.config, task.tokenizer, {}, weights)
+    base = Run.create(tmp_path / "base", task.config, task.tokenizer, {}, weights)
     request = finetune_request([str(base.path), str(text)], [], False, False, False)
     tuned = prepare(request.config, "cpu", tmp_path / "tuned")
     plan = count_plan(tuned, CPU, tmp_path)
@@ -136,9 +136,7 @@ def test_the_time_counts_what_the_loop_does(text, tmp_path):
     assert plan.seconds == 26.5
     assert plan.tokens_per_s == 128
     run = train(task.config, tmp_path / "run", quiet=True).run
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    events = [json.loads(line)["event"] for line in lines]
-    assert [events.count(event) for event in ("eval", "save", "sample")] == [4, 4, 2]
+    assert [len(events(run, kind)) for kind in ("eval", "save", "sample")] == [4, 4, 2]
     half = timed_plan(count_plan(task, CPU, tmp_path, 10), task, PROBE, 10, prepared=0.5)
     assert half.times["steps"] == 5.0
     assert half.times["validations"] == 6.0
@@ -340,8 +338,3 @@ def test_a_run_is_planned_from_where_it_stands(text, tmp_path, capsys, monkeypat
 )
 def test_spans(seconds, words):
     assert command.span(seconds) == words
-
-
-def test_units():
-    assert [size(n) for n in (12, 12_345, 3.4e9)] == ["12 bytes", "12.3 kB", "3.4 GB"]
-    assert [amount(n) for n in (7, 152_587, 10**10)] == ["7", "153 k", "10 B"]

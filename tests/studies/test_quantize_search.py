@@ -7,14 +7,15 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from model_kit import random_model
+from training_kit import trained
 
 import octavo
 from octavo.adapting.quantize import load_quantized, quantized, quantized_model
 from octavo.checkpoint import Run
-from octavo.config import ModelConfig, load_config
+from octavo.config import ModelConfig
 from octavo.errors import ParityError
 from octavo.evaluating.perplexity import score_windows
-from octavo.model.gpt import GPT
 from octavo.packed import Storage, open_packed
 from octavo.studies import quantize_cost
 from octavo.studies.quantize_cost import Judge, Windows, tokens_per_second, windows_for
@@ -28,7 +29,6 @@ from octavo.studies.quantize_search import (
     search,
     units,
 )
-from octavo.training.loop import train
 
 SMALL = dict(vocab_size=23, block_size=16, n_layer=2, n_head=2, d_model=32, d_ff=96)
 WORDS = ["she", "sells", "sea", "shells", "by", "the", "shore", "and", "that", "are"]
@@ -42,12 +42,7 @@ def _short(monkeypatch):
 
 
 def make(seed, **switches):
-    torch.manual_seed(seed)
-    model = GPT(ModelConfig(**SMALL | switches)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape) * 0.1)
-    return model
+    return random_model(ModelConfig(**SMALL | switches), seed, noise=0.1)
 
 
 def windows(eot_id=None, own=False):
@@ -108,17 +103,13 @@ def test_every_step_of_a_ladder_is_smaller(columns):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A model that has learnt something, so that it has something to lose; odd widths in it."""
-    folder = tmp_path_factory.mktemp("search")
-    draw = np.random.default_rng(0)
-    text = " ".join(draw.choice(WORDS, 6000).tolist())
-    (folder / "sea.txt").write_text(text, encoding="utf-8")
-    words = [
-        f"data.source={json.dumps(str(folder / 'sea.txt'))}", "model.block_size=32",
-        "model.n_layer=2", "model.n_head=2", "model.d_model=36", "model.d_ff=80",
-        "train.max_steps=60", "train.micro_batch_size=16", "optim.lr=1e-2", "eval.windows=16",
+    text = " ".join(np.random.default_rng(0).choice(WORDS, 6000).tolist())
+    settings = [
+        "model.block_size=32", "model.n_layer=2", "model.n_head=2", "model.d_model=36",
+        "model.d_ff=80", "train.max_steps=60", "train.micro_batch_size=16", "optim.lr=1e-2",
+        "eval.windows=16",
     ]  # fmt: skip
-    train(load_config(None, words), folder / "run", quiet=True)
-    return folder / "run"
+    return trained(text, tmp_path_factory.mktemp("search") / "sea", *settings)
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,8 @@
 import json
 
 import pytest
+from command_kit import octavo
 
-from octavo.cli import main
 from octavo.config import load_config
 from octavo.errors import ConfigError, DataError, OctavoError
 from octavo.studies import verify_resume as module
@@ -82,9 +82,8 @@ def test_the_verdict_is_the_exit_code(config, tmp_path, monkeypatch, capsys, fir
     hashes = {"model.safetensors": "5b6ba8028a2e2dea"}
     verdict = Verdict(first is None, 9, 6, 24, first, hashes, hashes, 1.5)
     monkeypatch.setattr(module, "verify_resume", lambda *_: verdict)
-    with pytest.raises(SystemExit) as ended:
-        main(["verify-resume", str(config.data.source), "--out", str(tmp_path / "out"), "--json"])
-    assert (ended.value.code or 0) == code
+    words = [config.data.source, "--out", tmp_path / "out", "--json"]
+    assert octavo("verify-resume", *words) == code
     out, err = capsys.readouterr()
     assert json.loads(out)["undisturbed"] == hashes
     assert ("resumed from 6, the run is another from step 7 on" in err) == (code == 8)

@@ -61,7 +61,7 @@ def tokenizers(gpt2_files: Path) -> dict[str, Tokenizer]:
         "byte": Tokenizer.byte(),
         "byte separated": Tokenizer.byte(separator=True),
         "bpe": Tokenizer.train_bpe(texts, 600),
-        "gpt2": Tokenizer.gpt2(gpt2_files),
+        "gpt2": Tokenizer.load(gpt2_files),
     }
 
 

@@ -1,14 +1,13 @@
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+from command_kit import python
 from hypothesis import given
 from hypothesis import strategies as st
 
 from octavo.errors import DataError
-from octavo.text.batches import Batches, document_mask, fixed_windows
+from octavo.text.batches import Batches, Epochs, document_mask, fixed_windows
 from octavo.text.shards import Tokens, write_shard
 
 TOKENS = np.arange(1000, dtype=np.uint16)  # each token is its own position
@@ -83,11 +82,6 @@ def test_the_last_tokens_of_a_text_are_not_lost_to_an_error():
     assert (len(batches), batches.windows, batches.dropped) == (2, 2, 0)
     assert Batches(TOKENS[:8], 4, seed=0).dropped == 3
     assert Batches(TOKENS[:5], 4, seed=0).rows(0, 3)[1].tolist() == [[1, 2, 3, 4]] * 3
-
-
-def test_steps_per_epoch():
-    batches = Batches(TOKENS, 10, seed=0)  # 99 windows
-    assert [batches.steps_per_epoch(size) for size in (1, 33, 50, 99, 100)] == [99, 3, 2, 1, 1]
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.uint32, np.int64])
@@ -165,8 +159,9 @@ def test_rows_cross_the_borders_of_shards(sizes, block_size, sampling):
 
 def test_a_pass_is_an_epoch():
     batches = Batches(TOKENS, 10, seed=0)  # 99 windows
-    epochs = batches.iterate(20)
-    assert len(epochs) == 5
+    sizes = (1, 33, 50, 99, 100)
+    assert [len(Epochs(batches, size)) for size in sizes] == [99, 3, 2, 1, 1]
+    epochs = Epochs(batches, 20)
     for epoch in range(3):
         passed = [*epochs]
         assert [len(x) for x, _ in passed] == [20, 20, 20, 20, 19]
@@ -184,16 +179,16 @@ def test_a_pass_goes_on_where_it_was_saved(steps, batch_size):
         while True:
             yield from epochs
 
-    first = batches.iterate(batch_size)
+    first = Epochs(batches, batch_size)
     running = passes(first)
     for _ in range(steps):
         next(running)
     state = json.loads(json.dumps(first.state_dict()))
-    other = Batches(TOKENS, 10, seed=0).iterate(batch_size)
+    other = Epochs(Batches(TOKENS, 10, seed=0), batch_size)
     other.load_state_dict(state)
     for ours, theirs, _ in zip(passes(other), running, range(8), strict=False):
         np.testing.assert_array_equal(ours, theirs)
-    assert batches.iterate(batch_size, first_row=state["row"]).state_dict() == state
+    assert Epochs(batches, batch_size, row=state["row"]).state_dict() == state
 
 
 ENDLESS = """
@@ -226,11 +221,7 @@ def test_memory_stays_flat_over_ten_thousand_batches(tmp_path):
     paths = [tmp_path / f"{n}.npy" for n in range(2)]
     for path in paths:
         write_shard(path, np.ones(8_000_000, np.uint16))
-    result = subprocess.run(
-        [sys.executable, "-c", ENDLESS, *map(str, paths)], capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    grown, total = map(int, result.stdout.split())
+    grown, total = map(int, python(ENDLESS, *paths).stdout.split())
     assert total == 10_000 * 8 * 64
     assert grown < 4_000_000
 

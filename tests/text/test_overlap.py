@@ -10,6 +10,7 @@ from octavo.text.overlap import N, NGrams, Seen, share_found, stretches
 from octavo.text.token_files import Tokens
 
 EOT = 3
+NONE = np.array([], dtype=np.uint64)
 
 
 def runs(rows, eot=EOT):
@@ -82,7 +83,7 @@ def test_of_too_many_runs_a_fair_sample_is_kept():
 @settings(max_examples=100)
 @given(st.lists(st.lists(st.integers(0, 30), max_size=12), max_size=12))
 def test_seen_is_a_set(batches):
-    seen, before = Seen(), set()
+    seen, before = Seen(NONE), set()
     for batch in batches:
         expected = []
         for number in batch:
@@ -95,7 +96,7 @@ def test_seen_is_a_set(batches):
 
 def test_a_million_documents_stay_in_few_rows():
     """Every meeting looks through all rows: their number must not grow with the meetings."""
-    seen, rng = Seen(), np.random.default_rng(2)
+    seen, rng = Seen(NONE), np.random.default_rng(2)
     for _ in range(500):
         seen.add(rng.integers(0, 2**63, 2000).astype(np.uint64))
     assert len(seen._rows) <= 12

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo.errors import ConfigError, DataError, OctavoError, ResourceError
-from octavo.text import hub, pipeline, streaming
+from octavo.text import hub, pipeline, streaming, tokenizer_json
 from octavo.text.prepare_request import Request
 from octavo.text.preparing import prepare
 from octavo.text.shards import Dataset, verify
@@ -135,6 +135,19 @@ def test_a_long_text_read_in_stretches_has_the_tokens_of_the_whole(
     assert part(dataset, "train") == [*dataset.tokenizer.encode(text), dataset.eot_id]
 
 
+def test_a_text_is_not_cut_where_a_token_might_go_on(tmp_path):
+    """Without GPT-2's rules one token may hold a blank and what stands before it."""
+    names = [*tokenizer_json.byte_characters(), "aĠ"]
+    vocab = {name: number for number, name in enumerate(names)}
+    spec = tokenizer_json.byte_level_spec(vocab, [("a", "Ġ")])
+    spec["pre_tokenizer"]["use_regex"] = False
+    Tokenizer(spec).save(tmp_path / "own.json")
+    (tmp_path / "long.txt").write_text("a " * 200, encoding="utf-8")
+    asked = {"tokenizer": str(tmp_path / "own.json"), "val_fraction": 0}
+    dataset = prepare(request(tmp_path / "out", tmp_path / "long.txt", **asked))
+    assert part(dataset, "train") == [256] * 200
+
+
 @settings(max_examples=300)
 @given(text=st.text(alphabet=st.sampled_from("ab'1. \n\t\r\x1c\u00a0\u3000é👍"), max_size=40))
 def test_after_a_word_a_text_may_be_cut(tokenizers, text):
@@ -174,11 +187,13 @@ def test_reading_goes_on_behind_any_piece(tmp_path, name):
     every = list(streaming.read(source, "text", after_word))
     for number in range(0, len(every), 9):
         position = json.loads(json.dumps(every[number].position))
-        rest = streaming.read(source, "text", after_word, position)
+        rest = list(streaming.read(source, "text", after_word, position))
         text = [piece.text + "|" * (name != "a.txt") for piece in rest]  # borders may be others
         assert "".join(text) == "".join(
             p.text + "|" * (name != "a.txt") for p in every[number + 1 :]
         )
+        if source.kind in ("jsonl", "csv", "parquet"):  # lines are counted on, too
+            assert [p.position for p in rest] == [p.position for p in every[number + 1 :]]
 
 
 def test_standard_input_is_one_text_whose_end_is_for_validation(tmp_path, monkeypatch):

@@ -1,8 +1,8 @@
 import hashlib
-import subprocess
 import sys
 
 import pytest
+from command_kit import python
 
 from octavo.errors import DataError
 from octavo.text import python_docs as module
@@ -56,8 +56,7 @@ def test_it_is_the_same_text_in_another_process(documents):
         "print(hashlib.sha256('|'.join(python_docs()).encode()).hexdigest())\n"
         "assert not {'turtle', 'antigravity', 'this', 'asyncio'} & set(sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == hashlib.sha256("|".join(documents).encode()).hexdigest()
+    assert python(code).stdout.strip() == hashlib.sha256("|".join(documents).encode()).hexdigest()
 
 
 def test_a_python_without_documentation_says_so(tmp_path, monkeypatch):

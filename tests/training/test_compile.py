@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from training_kit import assert_same_weights, cut_at
 
 from octavo.config import load_config
-from octavo.errors import Preempted
 from octavo.training.display import Display
 from octavo.training.learner import build_learner, optimizer_step
 from octavo.training.loop import train
@@ -38,7 +38,7 @@ def losses(config, tmp_path, name):
 
 @pytest.mark.long
 @pytest.mark.timeout(600)
-def test_compiled_training_equals_eager_and_resumes_bitwise(config, tmp_path, monkeypatch):
+def test_compiled_training_equals_eager_and_resumes_bitwise(config, tmp_path):
     plain = ("model.dropout=0.0", "train.dropout_final=null")
     eager = losses(config("train.compile=false", *plain), tmp_path, "eager")
     compiled = losses(config("train.compile=true", *plain), tmp_path, "compiled")
@@ -48,25 +48,10 @@ def test_compiled_training_equals_eager_and_resumes_bitwise(config, tmp_path, mo
     assert all(math.isfinite(loss) for loss in whole)
     settings = config("train.compile=true")
     train(settings, tmp_path / "undisturbed", quiet=True)
-    steps = []
-
-    def stopping(learner, with_layers=False):
-        steps.append(1)
-        if len(steps) == 4:
-            raise Preempted("the machine went away")
-        return optimizer_step(learner, with_layers)
-
-    monkeypatch.setattr("octavo.training.loop.optimizer_step", stopping)
-    with pytest.raises(Preempted):
+    with cut_at(4):
         train(settings, tmp_path / "cut", quiet=True)
-    monkeypatch.undo()
     train(settings, tmp_path / "cut", resume=True, quiet=True)
-    from octavo.checkpoint import Run
-
-    one, other = (
-        Run.open(tmp_path / name).load().model_arrays() for name in ("undisturbed", "cut")
-    )
-    assert all((one[name] == other[name]).all() for name in one)
+    assert_same_weights(tmp_path / "undisturbed", tmp_path / "cut")
 
 
 def test_where_no_compiler_works_training_goes_on_and_says_so(

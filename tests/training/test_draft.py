@@ -1,11 +1,11 @@
 """A run's draft: trained by the same loop, resumed like any run, used without being asked for."""
 
-import json
-
 import pytest
+from command_kit import figures
+from command_kit import octavo as type_in
+from training_kit import FOX, config_of
 
 import octavo
-from octavo import cli
 from octavo.checkpoint import Run
 from octavo.config import ModelConfig, load_config
 from octavo.errors import ConfigError, DataError
@@ -13,7 +13,6 @@ from octavo.model.counts import flops_per_token
 from octavo.training.draft import draft_config, draft_model, train_draft
 from octavo.training.loop import train
 
-TEXT = "The quick brown fox jumps over the lazy dog. Pack my box with five dozen jugs.\n" * 40
 SETTINGS = [
     "model.block_size=32", "model.n_layer=4", "model.n_head=4", "model.d_model=32",
     "model.dropout=0.1", "train.max_steps=12", "train.micro_batch_size=8", "optim.lr=1e-2",
@@ -21,17 +20,10 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-def type_in(*words):
-    """Run a command; its exit code."""
-    with pytest.raises(SystemExit) as end:
-        cli.main([str(word) for word in words])
-    return end.value.code
-
-
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "fox.txt"
-    path.write_text(TEXT, encoding="utf-8")
+    path.write_text(FOX, encoding="utf-8")
     return path
 
 
@@ -86,7 +78,7 @@ def test_train_with_draft_makes_both_and_generate_uses_it(run):
 
 
 def test_a_draft_learns_what_its_model_learns(run):
-    texts = [octavo.load(path).score(TEXT[:1000]).loss for path in (run, run / "draft")]
+    texts = [octavo.load(path).score(FOX[:1000]).loss for path in (run, run / "draft")]
     assert texts[1] < 3.0  # of 3.4 for guessing among 30 characters
 
 
@@ -101,15 +93,14 @@ def test_speculation_is_reported(run, capsys):
         assert shown.out == plain.out
         assert "tokens/s" in shown.err
         assert shown.err.count("\n") == 1
-    assert type_in(*typed, "auto", "--json") == 0
-    shown = json.loads(capsys.readouterr().out)
+    shown = figures(capsys, *typed, "auto")
     assert shown["speculation"]["tokens"] == 200
     assert {"acceptance", "tokens_per_s", "drafted"} <= set(shown["speculation"])
 
 
 def test_a_draft_is_resumed_and_a_finished_one_left_alone(text, tmp_path):
     out = tmp_path / "fox"
-    train(load_config(None, [*SETTINGS, f"data.source={json.dumps(str(text))}"]), out, quiet=True)
+    train(config_of(text, *SETTINGS), out, quiet=True)
     config = draft_config(Run.open(out))
     whole = train(config, tmp_path / "whole", quiet=True)
     Run.create(
@@ -135,22 +126,14 @@ def test_text_from_standard_input_serves_the_draft_too(tmp_path, monkeypatch):
     import io
     import sys
 
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode())))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(FOX.encode())))
     out = tmp_path / "piped"
-    train(load_config(None, [*SETTINGS, 'data.source="-"', "train.max_steps=1"]), out, quiet=True)
+    train(config_of("-", *SETTINGS, "train.max_steps=1"), out, quiet=True)
     assert train_draft(out, quiet=True).step == 1
 
 
 def test_what_cannot_draft_is_refused(run, text, tmp_path):
-    other = load_config(
-        None,
-        [
-            *SETTINGS,
-            f"data.source={json.dumps(str(text))}",
-            "data.tokenizer=byte",
-            "train.max_steps=1",
-        ],
-    )
+    other = config_of(text, *SETTINGS, "data.tokenizer=byte", "train.max_steps=1")
     train(other, tmp_path / "bytes", quiet=True)
     with pytest.raises(DataError, match=r"the draft's tokenizer has the SHA-256 .*, the model's "):
         octavo.load(run, speculate=str(tmp_path / "bytes"))

@@ -6,13 +6,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from training_kit import assert_same_weights, cut_at, events, trained
 
 import octavo
 from octavo.checkpoint import Run
 from octavo.config import load_config
-from octavo.errors import CheckpointError, ConfigError, DataError, ParityError, Preempted
+from octavo.errors import CheckpointError, ConfigError, DataError, ParityError
 from octavo.training import merging
-from octavo.training.learner import optimizer_step
 from octavo.training.loop import train
 from octavo.training.merging import merge_run
 from octavo.training.request import finetune_request
@@ -34,10 +34,8 @@ QUICK = ["train.max_steps=12", "eval.every=4", "checkpoint.every=4", "log.sample
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tuning")
-    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
     (folder / "other.txt").write_text(OTHER, encoding="utf-8")
-    settings = [*SMALL, f"data.source={json.dumps(str(folder / 'text.txt'))}"]
-    train(load_config(None, settings), folder / "base", quiet=True)
+    trained(TEXT, folder / "base", *SMALL)
     return folder
 
 
@@ -83,24 +81,12 @@ def test_step_0_is_the_base_bit_for_bit(folder, tmp_path):
 
 
 @pytest.mark.parametrize("settings", [("lora.dropout=0.1",), ("model.dropout=0.1",)])
-def test_a_resumed_adapter_equals_an_undisturbed_one(folder, tmp_path, monkeypatch, settings):
+def test_a_resumed_adapter_equals_an_undisturbed_one(folder, tmp_path, settings):
     tune(folder, tmp_path / "whole", *settings)
-    steps = []
-
-    def stopping(learner, with_layers=False):
-        steps.append(1)
-        if len(steps) == 7:
-            raise Preempted("the machine went away")
-        return optimizer_step(learner, with_layers)
-
-    monkeypatch.setattr("octavo.training.loop.optimizer_step", stopping)
-    with pytest.raises(Preempted):
+    with cut_at(7):
         tune(folder, tmp_path / "cut", *settings)
-    monkeypatch.undo()
     tune(folder, tmp_path / "cut", *settings, resume=True)
-    one, other = weights(tmp_path / "whole"), weights(tmp_path / "cut")
-    assert one.keys() == other.keys()
-    assert all(np.array_equal(one[name], other[name]) for name in one)
+    assert_same_weights(tmp_path / "whole", tmp_path / "cut")
 
 
 def test_merged_equals_unmerged_and_is_a_plain_run(folder, tmp_path):
@@ -199,8 +185,7 @@ def test_a_classifier_learns_a_toy_task(folder, tmp_path, how):
     settings += ["optim.lr=1e-2"] if how == "all" else []
     kinds = {"labels": True, "head_only": how == "head", "train_all": how == "all"}
     tune(folder, tmp_path / "tuned", *settings, data="animals.csv", **kinds)
-    lines = (tmp_path / "tuned" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    last = [e for e in map(json.loads, lines) if e["event"] == "eval"][-1]
+    last = events(tmp_path / "tuned", "eval")[-1]
     assert last["val_accuracy"] > 0.95
     assert last["val_macro_f1"] > 0.95
     assert (tmp_path / "tuned" / "confusion.png").stat().st_size > 0
@@ -237,6 +222,5 @@ def test_one_label_is_none(folder, tmp_path):
 
 
 def test_adapters_without_a_base_are_refused(folder, tmp_path):
-    settings = [*SMALL, "lora.rank=4", f"data.source={json.dumps(str(folder / 'text.txt'))}"]
     with pytest.raises(ConfigError, match="octavo finetune"):
-        train(load_config(None, settings), tmp_path / "run", quiet=True)
+        trained(TEXT, tmp_path / "run", *SMALL, "lora.rank=4")

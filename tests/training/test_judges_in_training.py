@@ -5,18 +5,15 @@ import os
 import signal
 
 import pytest
-import torch
+from training_kit import assert_same_weights, config_of, events
 
 import octavo
 from octavo.checkpoint import Run
-from octavo.config import load_config
 from octavo.errors import ConfigError, DataError, Preempted
-from octavo.evaluating.hellaswag import HellaSwag, read_items, score_hellaswag
-from octavo.training import keeper as keeper_module
+from octavo.evaluating.hellaswag import HellaSwag, read_items
 from octavo.training.keeper import Keeper
 from octavo.training.loop import train
 
-TEXT = "The quick brown fox jumps over the lazy dog. Pack my box with five dozen jugs.\n" * 40
 ITEM = {
     "activity_label": "Packing", "ctx": "The quick brown fox", "label": 1,
     "endings": ["jumps over the jugs.", "jumps over the lazy dog.", "packs.", "five dozen."],
@@ -27,13 +24,6 @@ SMALL = (
     "eval.windows=2", "checkpoint.every=0", "log.every=1", "log.sample_every=0",
     "log.sample_tokens=2",
 )  # fmt: skip
-
-
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "fox.txt"
-    path.write_text(TEXT, encoding="utf-8")
-    return path
 
 
 @pytest.fixture
@@ -48,16 +38,11 @@ def items(tmp_path):
 
 def config(text, items, *settings):
     judged = [f"eval.hellaswag={json.dumps(str(items))}"] if items else []
-    return load_config(None, [*SMALL, f"data.source={json.dumps(str(text))}", *judged, *settings])
-
-
-def events(run):
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    return config_of(text, *SMALL, *judged, *settings)
 
 
 def judged(run):
-    return [event["step"] for event in events(run) if event["event"] == "judge"]
+    return [event["step"] for event in events(run, "judge")]
 
 
 def test_judged_at_the_interval_and_at_the_end_each_after_saving(text, items, tmp_path, capsys):
@@ -89,8 +74,9 @@ def test_at_the_last_step_of_the_interval_once(text, items, tmp_path):
 def test_the_figures_are_those_of_the_saved_model(text, items, tmp_path, protocol):
     settings = f"eval.hellaswag_protocol={protocol}"
     run = train(config(text, items, settings), tmp_path / "run", quiet=True).run
-    event = next(event for event in events(run) if event["event"] == "judge")
-    score = score_hellaswag(octavo.load(Run.open(run).latest), read_items(items), protocol)
+    event = events(run, "judge")[0]
+    lm = octavo.load(Run.open(run).latest)
+    score = HellaSwag(read_items(items), lm.tokenizer, protocol).score(lm.model)
     assert event["hellaswag_acc"] == score.acc
     assert event["hellaswag_acc_norm"] == score.acc_norm
     assert event["stderr"] == pytest.approx(score.stderr)
@@ -101,8 +87,7 @@ def test_judging_changes_nothing_of_the_training(text, items, tmp_path):
     settings = "model.dropout=0.2", "eval.hellaswag_every=1"
     one = train(config(text, items, *settings), tmp_path / "one", quiet=True).run
     other = train(config(text, None, settings[0]), tmp_path / "other", quiet=True).run
-    one, other = (Run.open(run).load(Run.open(run).latest).model_tensors() for run in (one, other))
-    assert all(torch.equal(one[name], other[name]) for name in other)
+    assert_same_weights(one, other)
 
 
 def test_a_resumed_run_is_not_judged_twice(text, items, tmp_path):
@@ -154,7 +139,7 @@ def test_too_little_memory_ends_the_judgement_not_the_run(
     def fail(*_):
         raise failure
 
-    monkeypatch.setattr(keeper_module, "judge", fail)
+    monkeypatch.setattr(HellaSwag, "score", fail)
     result = train(config(text, items, "eval.hellaswag_every=2"), tmp_path / "run")
     assert (result.reason, result.step) == ("finished", 6)
     assert judged(result.run) == []

@@ -12,7 +12,9 @@ from octavo.config import load_config
 from octavo.model.gpt import GPT, cross_entropy
 from octavo.model_config import ModelConfig
 from octavo.studies.plan import count_plan
-from octavo.studies.plan_probe import measure_step
+from octavo.studies.plan_probe import STEPS, Growth
+from octavo.training.display import Display
+from octavo.training.learner import build_learner, optimizer_step
 from octavo.training.memory import (
     Conditions,
     arrangements,
@@ -162,6 +164,15 @@ MEASURED = {
 }  # fmt: skip
 
 
+def two_steps_need(task):
+    """Bytes in this process."""
+    memory = Growth(task.config, CPU)
+    learner = build_learner(task, CPU, Display(quiet=True))
+    for _ in range(STEPS):
+        optimizer_step(learner)
+    return memory.needed()
+
+
 def measured_over_predicted(tmp_path, settings):
     """Of two steps in a fork of this process, which has PyTorch and nothing to allocate again."""
     text = tmp_path / "words.txt"
@@ -171,7 +182,7 @@ def measured_over_predicted(tmp_path, settings):
     task = prepare(config, "cpu", tmp_path / "run")
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
-    child = context.Process(target=lambda: theirs.send(measure_step(task, CPU)))
+    child = context.Process(target=lambda: theirs.send(two_steps_need(task)))
     child.start()
     assert ours.poll(100)
     found = ours.recv()

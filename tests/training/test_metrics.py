@@ -2,22 +2,15 @@
 
 import pytest
 import torch
-from test_spike import FOX, config, events
+from test_spike import config
+from training_kit import before_steps, events
 
 from octavo.model.gpt import GPT
 from octavo.model_config import ModelConfig
-from octavo.training import learner as learner_module
 from octavo.training.loop import train
-from octavo.training.metrics import layer_updates, weights_before
+from octavo.training.metrics import last_event, layer_updates, weights_before
 
 LAYERS = {"blocks.0", "blocks.1", "rest"}
-
-
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "fox.txt"
-    path.write_text(FOX, encoding="utf-8")
-    return path
 
 
 def test_an_update_is_a_share_of_what_was_there_before():
@@ -29,6 +22,15 @@ def test_an_update_is_a_share_of_what_was_there_before():
     assert layer_updates(model, before) == pytest.approx(
         {"blocks.0": 0.0, "blocks.1": 0.01, "rest": 0.0}, rel=1e-3, abs=1e-9
     )
+
+
+def test_a_line_torn_within_a_letter_hides_no_other(tmp_path):
+    """A full disk ends a write anywhere, and the log of a run that is over is read again."""
+    log = tmp_path / "metrics.jsonl"
+    log.write_bytes('{"event": "sample", "text": "ä'.encode()[:-1])
+    assert last_event(log) == ""
+    log.write_bytes(log.read_bytes() + b'\n{"event": "end", "step": 3}\n')
+    assert last_event(log) == "end"
 
 
 @pytest.mark.parametrize("layers", [False, True])
@@ -47,13 +49,12 @@ def test_metrics_carry_memory_and_mfu_and_layers_when_asked(text, tmp_path, laye
 
 
 def test_the_page_follows_the_run_and_rests_when_it_is_over(text, tmp_path, monkeypatch):
-    plain, seen, page = learner_module.optimizer_step, [], tmp_path / "run" / "report.html"
+    seen, page = [], tmp_path / "run" / "report.html"
 
-    def watched(learner, with_layers=False):
+    def look(step):
         seen.append(page.read_text(encoding="utf-8") if page.exists() else "")
-        return plain(learner, with_layers)
 
-    monkeypatch.setattr("octavo.training.loop.optimizer_step", watched)
+    before_steps(monkeypatch, look)
     train(config(text, "train.max_steps=3"), tmp_path / "run", quiet=True)
     assert seen[0] == ""
     assert 'http-equiv="refresh"' in seen[1]

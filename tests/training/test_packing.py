@@ -7,13 +7,14 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from command_kit import octavo as octavo_exit
+from training_kit import config_of, events
 
 import octavo
 from octavo import packed
 from octavo.adapting import quantize as quantizing
 from octavo.adapting.quantize import load_quantized
 from octavo.checkpoint import Run, weights_sha256
-from octavo.cli import main
 from octavo.config import load_config
 from octavo.errors import CheckpointError, ConfigError, NonFiniteError, ParityError
 from octavo.model.gpt import GPT
@@ -28,13 +29,6 @@ SMALL = [
 ]  # fmt: skip
 
 
-def octavo_exit(*words):
-    """The exit code of a command called in this process."""
-    with pytest.raises(SystemExit) as ended:
-        main([str(word) for word in words])
-    return ended.value.code or 0
-
-
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "sea.txt"
@@ -43,9 +37,7 @@ def text(tmp_path_factory):
 
 
 def train_run(text, out, *settings):
-    config = load_config(None, [f"data.source={json.dumps(str(text))}", *SMALL, *settings])
-    train(config, out, quiet=True)
-    return out
+    return train(config_of(text, *SMALL, *settings), out, quiet=True).run
 
 
 @pytest.fixture(scope="module")
@@ -195,12 +187,11 @@ def test_a_run_is_none_the_worse_for_a_packing_that_fails(text, tmp_path, monkey
         raise ParityError("no luck")
 
     monkeypatch.setattr(keeper, "pack_run", refuse)
-    config = load_config(None, [f"data.source={json.dumps(str(text))}", *SMALL])
+    config = config_of(text, *SMALL)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, quantize="int8"))
     result = train(config, tmp_path / "run")
     assert result.reason == "finished"
     said = " ".join(capsys.readouterr().out.split())
     assert "warning: not packed: no luck" in said
     assert f"octavo quantize {tmp_path / 'run'} --to int8" in said
-    last = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
-    assert json.loads(last)["event"] == "end"
+    assert events(tmp_path / "run")[-1]["event"] == "end"

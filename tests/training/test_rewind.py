@@ -1,15 +1,14 @@
 """Going back from a spike: those rows are never learned from, and nothing else is lost."""
 
 import json
-import os
 import signal
 
 import pytest
 import torch
-from test_spike import POISON, POISONED_ROW, config, events, poison_loss, poisoned_text
+from test_spike import POISON, POISONED_ROW, config, poisoned_text
+from training_kit import assert_same_weights, cut_at, events, poison_loss, saved
 
 from octavo.checkpoint import Run
-from octavo.errors import Preempted
 from octavo.reporting.report import read_metrics
 from octavo.training import learner as learner_module
 from octavo.training.display import Display
@@ -26,16 +25,8 @@ def poisoned(tmp_path):
     return poisoned_text(tmp_path)
 
 
-def weights(run):
-    opened = Run.open(run)
-    saved = opened.load(opened.latest)
-    return {**saved.model_tensors(), **saved.optimizer_tensors()}
-
-
 def assert_same_end(one, other):
-    first, second = weights(one), weights(other)
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert_same_weights(one, other)
     assert losses(one) == losses(other)
 
 
@@ -90,25 +81,6 @@ def test_the_log_reads_as_if_what_was_taken_back_had_never_been(poisoned, tmp_pa
     ).read_text(encoding="utf-8")
 
 
-class Killed(BaseException):
-    """As good as kill -9: nothing may catch it."""
-
-
-def cut_after(monkeypatch, calls, kind):
-    """End the run in the middle of its ``calls``-th step, as a kill or as Ctrl-C does."""
-    plain, seen = learner_module.optimizer_step, []
-
-    def step(learner, with_layers=False):
-        seen.append(1)
-        if len(seen) == calls and kind == "kill":
-            raise Killed
-        if len(seen) == calls:
-            os.kill(os.getpid(), signal.SIGINT)
-        return plain(learner, with_layers)
-
-    monkeypatch.setattr("octavo.training.loop.optimizer_step", step)
-
-
 CUT = (REWIND, "train.spike_sigmas=4", "model.dropout=0.05")
 
 
@@ -124,18 +96,14 @@ def whole(tmp_path_factory):
 
 # The undisturbed run takes 49 steps: 35 until the spike, then 31 to 44 again.
 @pytest.mark.parametrize(
-    ("calls", "kind"),
-    [(33, "interrupt"), (35, "kill"), (36, "kill"), (36, "interrupt"), (39, "kill"), (46, "kill")],
+    ("step", "how"),
+    [(33, signal.SIGINT), (35, None), (36, None), (36, signal.SIGINT), (39, None), (46, None)],
 )
-def test_a_run_cut_anywhere_near_a_rewind_ends_as_the_undisturbed_one(
-    whole, tmp_path, monkeypatch, calls, kind
-):
+def test_a_run_cut_anywhere_near_a_rewind_ends_as_the_undisturbed_one(whole, tmp_path, step, how):
     """Also when Ctrl-C has saved between the checkpoint and the spike: that one is passed over."""
     text, undisturbed = whole
-    cut_after(monkeypatch, calls, kind)
-    with pytest.raises((Killed, Preempted)):
+    with cut_at(step, how):
         train(config(text, *CUT), tmp_path / "cut", quiet=True)
-    monkeypatch.undo()
     train(config(text, *CUT), tmp_path / "cut", resume=True, quiet=True)
     assert_same_end(undisturbed, tmp_path / "cut")
 
@@ -182,7 +150,7 @@ def test_a_non_finite_step_is_gone_back_from_too(poisoned, tmp_path, monkeypatch
     run = tmp_path / "run"
     train(config(poisoned, REWIND, "train.max_steps=20"), run, quiet=True)
     assert tried[:17] == [*range(1, 16), 11, 12]
-    assert all(torch.isfinite(value).all() for value in weights(run).values())
+    assert all(torch.isfinite(value).all() for value in saved(run)[1].values())
 
 
 def test_rewinding_can_be_asked_for_on_the_way(poisoned, tmp_path):
@@ -209,7 +177,7 @@ def test_the_weights_a_run_was_given_are_gone_back_to_without_a_memory(
     given = build_learner(task, torch.device("cpu"), Display(quiet=True)).tensors()[0]
     back, straight = tmp_path / "back", tmp_path / "straight"
     for run in (back, straight):
-        Run.create_with_weights(run, task.config, task.tokenizer, task.files, given)
+        Run.create(run, task.config, task.tokenizer, task.files, given)
     poison_loss(monkeypatch, Once([5]), float("nan"))
     train(task.config, back, resume=True, quiet=True)
     assert [(e["step"], e["skipped_rows"]) for e in events(back, "rewind")] == [(0, 20)]

@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from training_kit import FOX, config_of, events, poison_loss
 
-from octavo.config import load_config
 from octavo.text.batches import Batches
 from octavo.training import learner as learner_module
 from octavo.training.display import Display
@@ -20,7 +20,6 @@ from octavo.training.request import finetune_request
 from octavo.training.spike import MIN_READINGS, height_of, spiking
 from octavo.training.task import prepare
 
-FOX = "The quick brown fox jumps over the lazy dog. Pack my box with five dozen jugs.\n" * 120
 POISON = "zqxjzqxjzqxjzqxj"
 POISONED_ROW = 4 * 34 + 1  # the second row of the 35th step
 SMALL = (
@@ -32,28 +31,24 @@ SMALL = (
 
 
 def config(source, *settings):
-    return load_config(None, [*SMALL, f"data.source={json.dumps(str(source))}", *settings])
+    return config_of(source, *SMALL, *settings)
 
 
 def poisoned_text(tmp_path):
     """A text whose row `POISONED_ROW` is nonsense; everywhere else it is easy."""
     path = tmp_path / "fox.txt"
-    path.write_text(FOX, encoding="utf-8")
+    path.write_text(FOX * 3, encoding="utf-8")
     batches = prepare(config(path), "cpu", tmp_path / "none").batches
     assert isinstance(batches, Batches)
     start = int(batches.starts(POISONED_ROW, 1)[0]) + 1
-    path.write_text(FOX[:start] + POISON + FOX[start + len(POISON) :], encoding="utf-8")
+    text = FOX * 3
+    path.write_text(text[:start] + POISON + text[start + len(POISON) :], encoding="utf-8")
     return path
 
 
 @pytest.fixture
 def poisoned(tmp_path):
     return poisoned_text(tmp_path)
-
-
-def events(run, *kinds):
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [event for event in map(json.loads, lines) if not kinds or event["event"] in kinds]
 
 
 def report_of(run, step):
@@ -244,21 +239,6 @@ def test_a_spike_that_lasts_is_one_spike(poisoned, tmp_path, monkeypatch):
     poison_loss(monkeypatch, range(30, 36))
     train(config(poisoned, "train.max_steps=38"), tmp_path / "run", quiet=True)
     assert [event["step"] for event in events(tmp_path / "run", "spike")] == [30]
-
-
-def poison_loss(monkeypatch, at, factor=10.0):
-    """The loss of these steps is ``factor`` times what it would be."""
-    plain = learner_module.build_learner
-
-    def build(*args):
-        learner = plain(*args)
-        loss = learner.loss
-        learner.loss = lambda *args: (
-            loss(*args) * (factor if learner.progress.step + 1 in at else 1.0)
-        )
-        return learner
-
-    monkeypatch.setattr("octavo.training.loop.build_learner", build)
 
 
 def test_the_ring_stays_small_and_costs_little(poisoned, tmp_path):

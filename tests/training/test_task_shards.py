@@ -5,6 +5,15 @@ import json
 import numpy as np
 import pytest
 import torch
+from training_kit import (
+    SMALL,
+    assert_same_weights,
+    config_of,
+    cut_at,
+    events,
+    flip,
+    step_and_gradients,
+)
 
 import octavo
 from octavo.checkpoint import Run
@@ -17,28 +26,13 @@ from octavo.text.corpus import read_corpus, tokenize
 from octavo.text.shards import write_manifest, write_shard
 from octavo.text.tokenizer import Tokenizer
 from octavo.training.display import Display
-from octavo.training.learner import build_learner, optimizer_step
+from octavo.training.learner import build_learner
 from octavo.training.loop import train
 from octavo.training.task import prepare, score_validation
 
-TEXT = "The quick brown fox jumps over the lazy dog. Pack my box with five dozen jugs.\n" * 40
-SMALL = (
-    "model.block_size=16", "model.n_layer=2", "model.n_head=2", "model.d_model=16",
-    "train.max_steps=6", "train.micro_batch_size=4", "optim.warmup=2", "optim.lr=1e-2",
-    "eval.every=3", "eval.windows=8", "checkpoint.every=2", "checkpoint.keep=3",
-    "log.every=1", "log.sample_every=4", "log.sample_tokens=5",
-)  # fmt: skip
-
-
-@pytest.fixture
-def text(tmp_path):
-    path = tmp_path / "fox.txt"
-    path.write_text(TEXT, encoding="utf-8")
-    return path
-
 
 def config(source, *settings):
-    return load_config(None, [*SMALL, f"data.source={json.dumps(str(source))}", *settings])
+    return config_of(source, *SMALL, "train.max_steps=6", "eval.every=3", *settings)
 
 
 def dataset(home, ids, tokenizer=None, parts=3, val=()):
@@ -54,24 +48,6 @@ def dataset(home, ids, tokenizer=None, parts=3, val=()):
 
 def ids_of(count=2000, vocab=50, seed=0):
     return np.random.default_rng(seed).integers(0, vocab, count)
-
-
-def weights(run):
-    opened = Run.open(run)
-    saved = opened.load(opened.latest)
-    return {**saved.model_tensors(), **saved.optimizer_tensors()}
-
-
-def assert_same_weights(one, other):
-    one, other = weights(one), weights(other)
-    assert one.keys() == other.keys()
-    for name in one:
-        assert torch.equal(one[name], other[name]), name
-
-
-def events(run):
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
 
 
 def data_of(run):
@@ -103,27 +79,17 @@ def test_shards_train_the_model_that_their_text_trains(text, tmp_path, kind):
     assert events(tmp_path / "one")[-1]["best_val_loss"] == pytest.approx(
         events(tmp_path / "other")[-1]["best_val_loss"]
     )
-    last = [event for event in events(tmp_path / "other") if event["event"] == "eval"][-1]
+    last = events(tmp_path / "other", "eval")[-1]
     assert last["val_bpb"] == pytest.approx(last["val_loss"] / np.log(2))
     assert (tmp_path / "other" / "samples.txt").exists()
 
 
-def test_a_run_on_shards_goes_on_bit_for_bit(tmp_path, monkeypatch):
+def test_a_run_on_shards_goes_on_bit_for_bit(tmp_path):
     home = dataset(tmp_path / "data", ids_of(vocab=250), Tokenizer.byte(), val=ids_of(90))
     settings = ("model.dropout=0.1", "data.sampling=random")
     train(config(home, *settings), tmp_path / "whole", quiet=True)
-    plain, steps = optimizer_step, []
-
-    def killed(learner, with_layers=False):
-        steps.append(1)
-        if len(steps) == 4:
-            raise MemoryError("as good as kill -9")
-        return plain(learner, with_layers)
-
-    monkeypatch.setattr("octavo.training.loop.optimizer_step", killed)
-    with pytest.raises(MemoryError):
+    with cut_at(4):
         train(config(home, *settings), tmp_path / "cut", quiet=True)
-    monkeypatch.undo()
     train(Run.open(tmp_path / "cut").config, tmp_path / "cut", resume=True, quiet=True)
     assert_same_weights(tmp_path / "whole", tmp_path / "cut")
 
@@ -143,8 +109,7 @@ def test_ids_without_a_tokenizer_train_a_model_of_ids(tmp_path, capsys):
     assert len(lm.generate_ids([[1, 2]], max_new_tokens=3)[0]) == 3
     with pytest.raises(ConfigError, match="no tokenizer"):
         lm.generate("text")
-    evaluated = [event for event in events(run) if event["event"] == "eval"]
-    best = min(event["val_loss"] for event in evaluated)
+    best = min(event["val_loss"] for event in events(run, "eval"))
     assert score_validation(lm).loss == pytest.approx(best, rel=1e-5)
     train(config(tmp_path / "ids.npy"), run, resume=True, quiet=True)
     wide = prepare(config(tmp_path / "ids.npy", "model.vocab_size=64"), "cpu", tmp_path / "none")
@@ -238,10 +203,7 @@ def test_an_id_outside_the_vocabulary_is_refused_before_the_first_step(tmp_path)
 
 def test_a_damaged_shard_is_refused_before_the_first_step(tmp_path):
     home = dataset(tmp_path / "data", ids_of())
-    path = home / "train-00001.npy"
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
+    flip(home / "train-00001.npy", -1)
     refused(DataError, r"train-00001\.npy is damaged in bytes 0 to", home, tmp_path / "run")
 
 
@@ -312,16 +274,6 @@ def test_validation_keeps_documents_apart(model):
     assert together.nats == pytest.approx(sum(score.nats for score in alone), rel=1e-6)
 
 
-def gradients_of_a_step(task):
-    learner, seen = build_learner(task, torch.device("cpu"), Display(quiet=True)), []
-    hook = learner.optimizer.register_step_pre_hook(
-        lambda *_: seen.extend(p.grad.clone() for p in learner.model.parameters())
-    )
-    step = optimizer_step(learner)
-    hook.remove()
-    return learner, step, seen
-
-
 def test_training_keeps_documents_apart_also_in_several_micro_batches(tmp_path):
     ids = ids_of(2000, vocab=250)
     ids[::7] = 256  # the end-of-text token of the bytes
@@ -329,7 +281,9 @@ def test_training_keeps_documents_apart_also_in_several_micro_batches(tmp_path):
 
     def step(*settings):
         masked = config(home, "data.mask_documents=true", *settings)
-        return gradients_of_a_step(prepare(masked, "cpu", tmp_path / "none"))
+        task = prepare(masked, "cpu", tmp_path / "none")
+        learner = build_learner(task, torch.device("cpu"), Display(quiet=True))
+        return learner, *step_and_gradients(learner)
 
     learner, whole, gradients = step("train.micro_batch_size=8")
     _, parts, others = step("train.micro_batch_size=2", "train.grad_accum=4")
@@ -350,8 +304,7 @@ def test_a_masked_run_is_validated_and_judged_alike(tmp_path):
     ids[::7] = 256
     home = dataset(tmp_path / "data", ids, Tokenizer.byte(separator=True))
     run = train(config(home, "data.mask_documents=true"), tmp_path / "run", quiet=True).run
-    evaluated = [event for event in events(run) if event["event"] == "eval"]
-    best = min(event["val_loss"] for event in evaluated)
+    best = min(event["val_loss"] for event in events(run, "eval"))
     assert score_validation(octavo.load(run)).loss == pytest.approx(best, rel=1e-5)
 
 

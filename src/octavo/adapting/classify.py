@@ -6,7 +6,6 @@ looks, so a text gets the same answer alone and in a batch.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from octavo.errors import DataError
-from octavo.model.attention import Attend, sdpa
 from octavo.model.gpt import GPT
-from octavo.model.kv_cache import CacheView
 from octavo.text.tokenizer import Tokenizer
 
 ROWS = 64  # texts read side by side
@@ -50,25 +47,13 @@ class Classifier(nn.Module):
         """The head, under the name that a GPT's has."""
         return self.head
 
-    def forward(
-        self,
-        idx: Tensor,
-        cache: CacheView | None = None,
-        mask: Tensor | None = None,
-        attend: Attend = sdpa,
-    ) -> Tensor:
+    def forward(self, idx: Tensor, **options: Any) -> Tensor:
         """Token ids (B, T) to logits (B, T, labels); those at a text's last token are meant."""
-        return self.head(self.hidden(idx, cache, mask, attend))
+        return self.head(self.hidden(idx, **options))
 
-    def hidden(
-        self,
-        idx: Tensor,
-        cache: CacheView | None = None,
-        mask: Tensor | None = None,
-        attend: Attend = sdpa,
-    ) -> Tensor:
-        """Token ids (B, T) to the body's final states (B, T, D)."""
-        return self.body.hidden(idx, cache, mask, attend)
+    def hidden(self, idx: Tensor, **options: Any) -> Tensor:
+        """Token ids (B, T) to the body's final states (B, T, D), as `GPT.hidden`."""
+        return self.body.hidden(idx, **options)
 
     def set_dropout(self, p: float) -> None:
         """Change every dropout rate, for annealing."""
@@ -99,43 +84,35 @@ class Report:
         """The share of texts whose label was found."""
         return float(self.confusion.trace() / self.confusion.sum())
 
-    @cached_property
+    @property
     def support(self) -> np.ndarray:
         """Texts of each label (n,)."""
         return self.confusion.sum(1)
 
-    @cached_property
-    def predicted(self) -> np.ndarray:
-        """How often each label was predicted (n,)."""
-        return self.confusion.sum(0)
-
     @property
-    def precision(self) -> np.ndarray:
-        """Of the texts given each label, the share that has it (n,)."""
-        return _share(self.confusion.diagonal(), self.predicted)
-
-    @property
-    def recall(self) -> np.ndarray:
-        """Of the texts that have each label, the share given it (n,)."""
-        return _share(self.confusion.diagonal(), self.support)
-
-    @property
-    def f1(self) -> np.ndarray:
-        """The harmonic mean of precision and recall (n,)."""
-        return _share(2 * self.confusion.diagonal(), self.predicted + self.support)
+    def columns(self) -> dict[str, np.ndarray]:
+        """Of each label (n,): precision, recall, their harmonic mean f1, and support."""
+        right, predicted = self.confusion.diagonal(), self.confusion.sum(0)
+        return {
+            "precision": _share(right, predicted),
+            "recall": _share(right, self.support),
+            "f1": _share(2 * right, predicted + self.support),
+            "support": self.support,
+        }
 
     @property
     def macro_f1(self) -> float:
         """The mean F1 of the labels that occur, in the texts or among the predictions."""
-        return float(self.f1[self.predicted + self.support > 0].mean())
+        occurs = self.confusion.sum(0) + self.support > 0
+        return float(self.columns["f1"][occurs].mean())
 
     def to_dict(self) -> dict[str, Any]:
         """Every figure, ready for JSON."""
-        columns = {"precision": self.precision, "recall": self.recall, "f1": self.f1}
-        columns["support"] = self.support
+        columns = self.columns
+        rows = zip(*(column.tolist() for column in columns.values()), strict=True)
         each = {
-            label: {name: column[i].item() for name, column in columns.items()}
-            for i, label in enumerate(self.labels)
+            label: dict(zip(columns, row, strict=True))
+            for label, row in zip(self.labels, rows, strict=True)
         }
         figures = {"accuracy": self.accuracy, "macro_f1": self.macro_f1, "labels": each}
         return figures | {"confusion": self.confusion.tolist()}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from octavo.adapting.surgery import refuse_wrapped
 from octavo.errors import ConfigError, ParityError
 from octavo.model.gpt import GPT
 from octavo.model_config import ModelConfig
@@ -38,6 +39,7 @@ def grow(model: GPT, **changes: Any) -> Growth:
     What is new is drawn from PyTorch's generator, so seed that first. Raises `ConfigError` for what
     cannot grow or would shrink, and `ParityError` should an exact growth change the logits.
     """
+    refuse_wrapped(model)
     old, new = model.config, grown_config(model.config, changes)
     device = model.tok_emb.weight.device
     grown = GPT(new).to(device, model.tok_emb.weight.dtype)
@@ -76,10 +78,6 @@ def _grown_weights(
     old: dict[str, Tensor], fresh: dict[str, Tensor], config: ModelConfig
 ) -> dict[str, Tensor]:
     """The old weights in the new shapes; ``fresh`` holds new initial ones."""
-    if foreign := old.keys() - fresh.keys():
-        raise ConfigError(
-            f"{min(foreign)} is not a weight of a plain model", fix="merge its adapters first"
-        )
     return {
         name: _widened(name, old[name], value, config)
         if name in old

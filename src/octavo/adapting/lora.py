@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from octavo.adapting.surgery import linear_layers, no_match, swap_linear
-from octavo.errors import CheckpointError, ConfigError
+from octavo.errors import ConfigError
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -137,36 +137,6 @@ def adapted_layers(model: nn.Module, name: str) -> dict[str, LoRALinear]:
         fix = f"it has: {', '.join(known)}" if known else "add one to it first"
         raise ConfigError(f"the model has no adapter {name!r}", fix=fix)
     return found
-
-
-def adapter_state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
-    """An adapter's matrices, e.g. ``blocks.0.attn.q_proj.lora_A``; they are not copied."""
-    layers = adapted_layers(model, name)
-    return {
-        f"{path}.{kind}": getattr(layer, kind)[name].detach()
-        for path, layer in layers.items()
-        for kind in ("lora_A", "lora_B")
-    }
-
-
-def load_adapter_state(
-    model: nn.Module, state: Mapping[str, Tensor], name: str = "default"
-) -> None:
-    """Fill an adapter with what `adapter_state` gave.
-
-    Raises `CheckpointError` for a matrix that is missing, left over or of another shape.
-    """
-    own = adapter_state(model, name)
-    for key in sorted(own.keys() | state.keys()):
-        if key not in state:
-            raise CheckpointError(f"the adapter lacks {key}")
-        if key not in own:
-            raise CheckpointError(f"{key} has no place in the adapter {name!r}")
-        if state[key].shape != own[key].shape:
-            given, wanted = tuple(state[key].shape), tuple(own[key].shape)
-            raise CheckpointError(f"{key} has shape {given}, not {wanted}")
-    for key, tensor in own.items():
-        tensor.copy_(state[key])
 
 
 def merge(model: M) -> M:

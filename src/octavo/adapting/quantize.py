@@ -56,12 +56,11 @@ def choose_storage(weights: Weights, precision: str) -> tuple[dict[str, Storage]
         peak = float(np.abs(plain(tensor)).max(initial=0.0))
         if not np.isfinite(peak):
             raise NonFiniteError(f"{name} holds NaN or infinity", fix="nothing was packed")
-        storage, why = Storage("fp32"), ""
+        chosen[name], why = Storage("fp32"), ""
         if is_matrix(name, tensor.shape):
-            storage, why = _matrix_storage(tensor.shape[1], peak, precision)
+            chosen[name], why = _matrix_storage(tensor.shape[1], peak, precision)
         if why:
-            remarks.append(f"{name} stays {storage.kind}: {why}")
-        chosen[name] = storage
+            remarks.append(f"{name} stays {chosen[name].kind}: {why}")
     return chosen, remarks
 
 
@@ -192,15 +191,6 @@ def dequantize(values: Tensor, scale: Tensor | None) -> Tensor:
         return values.float()
     groups = values.reshape(*scale.shape, -1).float()
     return (groups * scale.float().unsqueeze(-1)).reshape(values.shape)
-
-
-def dequantized(file: Packed) -> dict[str, Tensor]:
-    """The fp32 state dict with which an ordinary `GPT` computes the same; tied names share."""
-    state = {
-        name: torch.from_numpy(packed.dequantize(*stored.unpack()))
-        for name, stored in file.tensors.items()
-    }
-    return state | {name: state[owner] for name, owner in file.tied.items()}
 
 
 def load_quantized(run: Run, precision: str) -> GPT:

@@ -7,9 +7,11 @@ with adapters. What such a layer contains is its own affair and is not looked in
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from octavo.errors import ConfigError
+from octavo.model.gpt import GPT
 
 
 def linear_layers(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -38,6 +40,19 @@ def swap_linear(
     for name, layer in swaps.items():
         model.set_submodule(name, layer)
     return list(swaps)
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raise `ConfigError` for what is more than a `GPT`: adapters and label heads."""
+    if not isinstance(model, GPT):
+        raise ConfigError("a classifier writes no text", fix="export its base")
+    with torch.device("meta"):
+        plain = GPT(model.config).state_dict()
+    if foreign := model.state_dict().keys() - plain.keys():
+        raise ConfigError(
+            f"{min(foreign)} is not a weight of a plain model",
+            fix="merge its adapters first: octavo merge RUN --out RUN2",
+        )
 
 
 def no_match(model: nn.Module, wanted: str) -> ConfigError:

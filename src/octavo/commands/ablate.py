@@ -1,10 +1,10 @@
 """`octavo ablate`: which settings are worth having, by a small fair study."""
 
 import contextlib
-import json
+import sys
 from argparse import Namespace
 
-from octavo.commands.shared import Option
+from octavo.commands.shared import Option, add_common, print_facts, progress
 from octavo.disk import write_atomic
 from octavo.errors import MissingExtraError
 from octavo.manifest import to_json
@@ -29,7 +29,6 @@ arm's speed first; train.max_steps follows from it, so that every schedule ends.
 
 
 def add_options(option: Option) -> None:
-    """What may be typed besides the words."""
     option(
         "--vary", action="append", default=[], metavar="S.N=A,B", help="a setting and its values"
     )
@@ -38,30 +37,26 @@ def add_options(option: Option) -> None:
     option("--minutes", type=float, metavar="M", help="of each run, with --equal time")
     option("--windows", type=int, metavar="N", help="to judge on; default: eval.windows")
     option("--out", metavar="DIR", help="the study's directory; default: runs/ablation-NAME")
-    option("--json", action="store_true", help="print one JSON object")
+    add_common(option, "json")
 
 
 def run(args: Namespace, settings: list[str]) -> None:
-    """Do it."""
-    from rich.console import Console
-
     from octavo.studies.ablate import begin, plan_study, read_vary, train_runs
     from octavo.studies.ablation import judge_study
     from octavo.studies.ablation_picture import draw_ablation
 
     vary = read_vary(args.vary, settings)
     study = plan_study(args.words, settings, vary, args.seeds, args.out, args.equal, args.minutes)
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
     runs, seeds = counted(len(study.jobs), "run"), counted(len(study.seeds), "seed")
-    console.print(f"{len(study.arms)} arms, {seeds}: {runs} in {study.out}", markup=False)
+    print(f"{len(study.arms)} arms, {seeds}: {runs} in {study.out}", file=sys.stderr)
     study = begin(study)
-    train_runs(study, console)
+    with progress("training") as watch:
+        for number, line in train_runs(study):
+            print(line, file=sys.stderr)
+            watch(number, len(study.jobs))
     found = judge_study(study, args.windows)
     write_atomic(study.out / "ablation.json", to_json(found.to_dict()))
     with contextlib.suppress(MissingExtraError):  # a picture more, where matplotlib is
         draw_ablation(found, study.out / "ablation.png")
-    if args.json:
-        print(json.dumps(found.to_dict(), ensure_ascii=False))
-        return
-    print("\n".join(found.lines()))
-    print(f"\nthe same in {study.out / 'ablation.json'} and ablation.png")
+    said = [*found.lines(), "", f"the same in {study.out / 'ablation.json'} and ablation.png"]
+    print_facts(found.to_dict(), args.json, "\n".join(said))

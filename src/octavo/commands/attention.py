@@ -1,16 +1,14 @@
 """`octavo attention`: a picture of what every head looks at."""
 
-import json
 import sys
 from argparse import Namespace
 from pathlib import Path
 
 from octavo.commands.explain import read_ids, text_of
-from octavo.commands.shared import Option, one_run
+from octavo.commands.shared import Option, add_common, one_run, print_facts
 from octavo.errors import ConfigError
 
 WORDS = "RUN"
-TAKES_SETTINGS = False
 PAGE = """\
 Draw what each head looks at while it reads a text: one map a head, for a paper or a slide.
 
@@ -23,19 +21,15 @@ to hover over; training with log.attention=true keeps the attention of its sampl
 
 
 def add_options(option: Option) -> None:
-    """What may be typed besides the words."""
     option("--text", metavar="TEXT", help="the text")
     option("--file", metavar="FILE", help="the text, from a file; - is standard input")
     option("--out", default="attention.png", metavar="FILE", help="default: attention.png")
     option("--layer", type=int, metavar="N", help="only this layer")
     option("--head", type=int, metavar="N", help="only this head")
-    option("--base", metavar="RUN", help="where an adapter's base is, if it was moved")
-    option("--device", default="auto", metavar="D", help="cuda, mps, cpu or auto")
-    option("--json", action="store_true", help="print one JSON object")
+    add_common(option, "base", "device", "json")
 
 
 def run(args: Namespace, settings: list[str]) -> None:
-    """Do it."""
     if (args.text is None) == (args.file is None):
         raise ConfigError("which text?", fix="give --text or --file")
     if Path(args.out).suffix != ".png":
@@ -53,4 +47,4 @@ def run(args: Namespace, settings: list[str]) -> None:
     title = f"Attention in {lm.home.resolve().name}" if lm.home else "Attention"
     draw_heads(weights, labels(lm, drawn), args.out, title, args.layer, args.head)
     facts = {"picture": args.out, "tokens": len(drawn), "left_out": len(ids) - len(drawn)}
-    print(json.dumps(facts) if args.json else f"drawn: {args.out}, {len(drawn):,} tokens")
+    print_facts(facts, args.json, f"drawn: {args.out}, {len(drawn):,} tokens")

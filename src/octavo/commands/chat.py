@@ -3,10 +3,9 @@
 from argparse import Namespace
 
 from octavo.commands.generate import add_writing_options, sampling_given
-from octavo.commands.shared import Option, one_run
+from octavo.commands.shared import one_run
 
 WORDS = "RUN"
-TAKES_SETTINGS = False
 PAGE = """\
 Talk with a model. It remembers what was said, as much as its context holds.
 
@@ -18,15 +17,10 @@ A run that was fine-tuned on messages answers by its chat template; a base model
 the text. Ctrl-C stops an answer, Ctrl-D or /quit ends. /help lists what else there is: /reset,
 /seed, /set temperature 0.7, /save FILE. Without RUN the newest one under runs/ is taken. The same
 words and the same seed give the same answers."""
-
-
-def add_options(option: Option) -> None:
-    """What may be typed besides the words."""
-    add_writing_options(option)
+add_options = add_writing_options
 
 
 def run(args: Namespace, settings: list[str]) -> None:
-    """Do it."""
     from octavo.generating.conversation import Conversation
     from octavo.language_model import load, make_sampling
 

@@ -1,19 +1,17 @@
 """`octavo compare`: is one better than the other, or is it chance."""
 
-import dataclasses
-import json
 import math
 from argparse import Namespace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from octavo.commands.shared import Option
+from octavo.commands.shared import Option, add_common, exactly, print_facts
 from octavo.errors import ConfigError
 
 if TYPE_CHECKING:
     from octavo.studies.comparing import Comparison
 
 WORDS = "RUN RUN"
-TAKES_SETTINGS = False
 PAGE = """\
 Which of two runs is better, and is that evidence or chance? Both read the same windows of the text
 they were validated on; their differences are paired, and an interval says how sure it is.
@@ -31,7 +29,6 @@ are compared in bits a byte of the same text."""
 
 
 def add_options(option: Option) -> None:
-    """What may be typed besides the words."""
     option("--text", metavar="FILE", help="judge on this text, not on the runs' validation part")
     option(
         "--windows", type=int, metavar="N", help="how many; default: as the runs were validated on"
@@ -41,19 +38,12 @@ def add_options(option: Option) -> None:
     option("--limit", type=int, default=0, metavar="N", help="only the first N items")
     option("--scores", action="store_true", help="the two words are shares of right answers")
     option("--items", type=int, metavar="N", help="how many items those scores are of")
-    option("--device", default="auto", metavar="D", help="cuda, mps, cpu or auto")
-    option("--json", action="store_true", help="print one JSON object")
+    add_common(option, "device", "json")
 
 
 def run(args: Namespace, settings: list[str]) -> None:
-    """Do it."""
-    if len(args.words) != 2:
-        were = "word was" if len(args.words) == 1 else "words were"
-        raise ConfigError(
-            f"two sides are compared, {len(args.words)} {were} given",
-            ", ".join(args.words),
-            "several runs of a side: a pattern in quotes, or commas between them",
-        )
+    fix = "several runs of a side: a pattern in quotes, or commas between them"
+    a, b = exactly(args.words, WORDS, fix)
     if args.scores:
         _published(args)
         return
@@ -64,36 +54,31 @@ def run(args: Namespace, settings: list[str]) -> None:
     from octavo.evaluating.hellaswag import read_items
     from octavo.studies.comparing import Benchmark, compare_runs
 
-    a, b = args.words
-    benchmark = None
-    if args.hellaswag:
-        benchmark = Benchmark(read_items(args.hellaswag, args.limit), args.protocol)
+    items = read_items(args.hellaswag, args.limit) if args.hellaswag else []
+    benchmark = Benchmark(items, args.protocol) if items else None
     found = compare_runs(a, b, args.text, args.windows, benchmark, args.device)
-    if args.json:
-        print(json.dumps(_as_json(found), ensure_ascii=False))
-        return
-    for name, word, runs in zip("AB", args.words, found.runs, strict=True):
-        means = [
-            f"{f.means[name == 'B']:.{2 if f.quantity.startswith('%') else 4}f} {f.quantity}"
-            for f in found.findings
-        ]
-        several = f" ({len(runs)} runs)" if len(runs) > 1 else ""
-        print(f"{name}  {word}{several}: {', '.join(means)}")
-    print(f"on {found.judged_on}\n")
-    for finding in found.findings:
-        print(finding.sentence)
-    for remark in found.remarks:
-        print(f"- {remark}")
-
-
-def _as_json(found: "Comparison") -> dict[str, Any]:
-    return {
+    facts = {
         "a": found.runs[0],
         "b": found.runs[1],
         "judged_on": found.judged_on,
         "findings": {finding.quantity: finding.to_dict() for finding in found.findings},
         "remarks": found.remarks,
     }
+    print_facts(facts, args.json, "\n".join(_lines(found, args.words)))
+
+
+def _lines(found: "Comparison", words: list[str]) -> Iterator[str]:
+    """Each side's means, what they were judged on, and what that says."""
+    for side, (word, runs) in enumerate(zip(words, found.runs, strict=True)):
+        means = [
+            f"{f.means[side]:.{2 if f.quantity.startswith('%') else 4}f} {f.quantity}"
+            for f in found.findings
+        ]
+        several = f" ({len(runs)} runs)" if len(runs) > 1 else ""
+        yield f"{'AB'[side]}  {word}{several}: {', '.join(means)}"
+    yield f"on {found.judged_on}\n"
+    yield from (finding.sentence for finding in found.findings)
+    yield from (f"- {remark}" for remark in found.remarks)
 
 
 def _published(args: Namespace) -> None:
@@ -110,6 +95,6 @@ def _published(args: Namespace) -> None:
         raise ConfigError("how many items are these scores of?", fix="say --items N")
     result = published(a, b, args.items)
     sentence = published_sentence(result, a, b, args.items)
-    facts = {"a": a, "b": b, "items": args.items, **dataclasses.asdict(result)}
+    facts = {"a": a, "b": b, "items": args.items, **vars(result), "sentence": sentence}
     known = {name: fact for name, fact in facts.items() if fact != math.inf}
-    print(json.dumps({**known, "sentence": sentence}) if args.json else sentence)
+    print_facts(known, args.json, sentence)

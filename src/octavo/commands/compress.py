@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from octavo.commands.shared import Option, print_facts, progress
+from octavo.commands.shared import Option, add_common, exactly, print_facts, progress
 from octavo.errors import ConfigError, ResourceError
 
 WORDS = "RUN FILE OUT"
-TAKES_SETTINGS = False
 PAGE = """\
 Compress a file with a language model: what it expects costs few bits, what surprises it many. The
 size is the model's surprise in bits, beside what gzip, xz and zstd make of the same file.
@@ -27,15 +26,10 @@ OCTAVO_ENGINE=torch takes PyTorch, where the other machine has no compiler."""
 
 
 def add_options(option: Option) -> None:
-    """What may be typed besides the words."""
-    option("--weights", metavar="P", help="packed weights: int8, int4, auto or fp16")
-    option("--base", metavar="RUN", help="where an adapter's base is, if it was moved")
-    option("--device", default="auto", metavar="D", help="cuda, mps, cpu or auto")
-    option("--json", action="store_true", help="print one JSON object")
+    add_common(option, "weights", "base", "device", "json")
 
 
 def run(args: Namespace, settings: list[str]) -> None:
-    """Do it."""
     from octavo.disk import write_atomic
     from octavo.explaining.compression import compress, rivals
     from octavo.language_model import load
@@ -50,17 +44,14 @@ def run(args: Namespace, settings: list[str]) -> None:
     seconds = time.perf_counter() - start
     write_atomic(out, compressed)
     sizes = {"octavo": len(compressed), **rivals(data)}
-    if args.json:
-        print_facts(_facts(data, sizes, seconds), as_json=True)
-    else:
-        print("\n".join(_lines(source, data, sizes, seconds)))
+    said = "\n".join(_lines(source.name, data, sizes, seconds))
+    print_facts(_facts(data, sizes, seconds), args.json, said)
 
 
 def three_words(words: list[str]) -> tuple[str, Path, Path]:
     """The run, the file and where the result goes, which is free and can be written."""
-    if len(words) != 3:
-        raise ConfigError(f"{WORDS} are wanted, {len(words)} words were given", ", ".join(words))
-    run, source, out = words[0], Path(words[1]), Path(words[2])
+    run, *paths = exactly(words, WORDS)
+    source, out = map(Path, paths)
     if out.exists():
         raise ConfigError(f"{out} is there already", fix="name another, or remove it")
     if not out.parent.is_dir():
@@ -72,7 +63,6 @@ def three_words(words: list[str]) -> tuple[str, Path, Path]:
 
 def _facts(data: bytes, sizes: dict[str, int | None], seconds: float) -> dict[str, Any]:
     size = sizes["octavo"] or 0
-    known = {name: n for name, n in sizes.items() if n is not None}
     return {
         "bytes": len(data),
         "compressed_bytes": size,
@@ -80,15 +70,13 @@ def _facts(data: bytes, sizes: dict[str, int | None], seconds: float) -> dict[st
         "seconds": seconds,
         "bytes_per_s": len(data) / seconds,
         "sizes": sizes,
-        "bits_per_byte": {name: 8 * n / len(data) for name, n in known.items() if data},
+        "bits_per_byte": {name: 8 * n / len(data) for name, n in sizes.items() if n and data},
     }
 
 
-def _lines(
-    source: Path, data: bytes, sizes: dict[str, int | None], seconds: float
-) -> Iterator[str]:
+def _lines(file: str, data: bytes, sizes: dict[str, int | None], seconds: float) -> Iterator[str]:
     """One for each compressor, the smallest first."""
-    yield f"{source.name}: {len(data):,} bytes, {len(data) / seconds:,.0f} bytes a second"
+    yield f"{file}: {len(data):,} bytes, {len(data) / seconds:,.0f} bytes a second"
     for name, size in sorted(sizes.items(), key=lambda item: item[1] or 2**62):
         if size is None:
             yield f"  {name:<8}   not here (pip install zstandard)"

@@ -1,21 +1,22 @@
 """`octavo data`: texts become tokens on disk; what is in such files; whether they are whole."""
 
+import dataclasses
+import sys
 import time
 from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from octavo.commands.shared import Option, print_facts
+from octavo.commands.shared import Option, add_common, print_facts
 from octavo.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
-
     from octavo.text.pipeline import Step
     from octavo.text.tokenizer import Tokenizer
 
 WORDS = "prepare SOURCE... | inspect PATH | verify PATH"
-TAKES_SETTINGS = False
 PAGE = """\
 Texts too large for memory become tokens on disk, which train then reads as they lie there.
 
@@ -36,7 +37,6 @@ PLAIN_INTERVAL = 15.0  # seconds between progress lines where there is no termin
 
 
 def add_options(option: Option) -> None:
-    """What may be typed besides the words."""
     option("--out", metavar="DIR", help="prepare: the directory to write")
     option("--tokenizer", metavar="T", help="gpt2 (default), byte, char, bpe, or a path")
     option("--vocab-size", type=int, default=8192, metavar="N", help="tokens of bpe; default: 8192")
@@ -53,15 +53,15 @@ def add_options(option: Option) -> None:
     option(
         "--benchmark",
         action="append",
+        dest="benchmarks",
         default=[],
         metavar="FILE",
         help="say how much of this test stands in training: HellaSwag's .jsonl or any text",
     )
-    option("--json", action="store_true", help="print one JSON object")
+    add_common(option, "json")
 
 
 def run(args: Namespace, settings: list[str]) -> None:
-    """Do it."""
     actions = {"prepare": _prepare, "inspect": _inspect, "verify": _verify}
     action, *words = args.words or [""]
     if action not in actions:
@@ -79,30 +79,15 @@ def _prepare(args: Namespace, words: list[str]) -> None:
         raise ConfigError("prepare into what?", fix="--out DIR")
     if args.val and args.val_fraction is not None:
         raise ConfigError("--val and --val-fraction exclude each other", fix="leave one out")
-    given = {
-        "val_fraction": args.val_fraction,
-        "processes": args.processes,
-        "tokenizer": args.tokenizer,
-    }
-    request = Request(
-        sources=words,
-        out=Path(args.out),
-        vocab_size=args.vocab_size,
-        field=args.field,
-        val=args.val,
-        shard_tokens=args.shard_tokens,
-        format=args.format,
-        limit=args.limit,
-        drop_duplicates=args.drop_duplicates,
-        benchmarks=args.benchmark,
-        **{name: value for name, value in given.items() if value is not None},
-    )
-    with _Bar() as bar:
-        try:
-            dataset = prepare(request, bar.say, bar.show)
-        except KeyboardInterrupt:
-            bar.say(f"what was done is kept; go on with: {request.command()}")
-            raise
+    names = [field.name for field in dataclasses.fields(Request)]
+    given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
+    request = Request(**given | {"sources": words, "out": Path(args.out)})
+    try:
+        with _progress() as show:
+            dataset = prepare(request, _say, show)
+    except KeyboardInterrupt:
+        _say(f"what was done is kept; go on with: {request.command()}")
+        raise
     _print(inspect(dataset), args.json)
 
 
@@ -121,20 +106,15 @@ def _verify(args: Namespace, words: list[str]) -> None:
     verify(dataset)
     size = sum(shard["bytes"] for shard in dataset.shards)
     known = all(shard["sha256"] for shard in dataset.shards)
-    if args.json:
-        print_facts({"files": len(dataset.shards), "file_bytes": size, "compared": known}, True)
-        return
+    facts = {"files": len(dataset.shards), "file_bytes": size, "compared": known}
     what = f"{counted(len(dataset.shards), 'file')}, {byte_size(size)}"
     compared = "every byte and every id compared" if known else "whole; there are no hashes of them"
-    print(f"all well: {what}, {compared}")
+    print_facts(facts, args.json, f"all well: {what}, {compared}")
 
 
 def _print(facts: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print_facts(facts, True)
-        return
-    begins = facts.pop("begins", None)
-    print_facts(facts, False)
+    begins = None if as_json else facts.pop("begins", None)
+    print_facts(facts, as_json)
     if begins is not None:
         print(f"it begins with\n\n{begins}")
 
@@ -151,50 +131,39 @@ def _tokenizer(args: Namespace) -> "Tokenizer | None":
     return ready_tokenizer(args.tokenizer, separator=True) if args.tokenizer else None
 
 
-class _Bar:
-    """A progress bar on a terminal, a line now and then elsewhere, both on standard error."""
+@contextmanager
+def _progress() -> Iterator[Callable[["Step"], None]]:
+    """A progress bar on a terminal, a line now and then elsewhere: call what it gives."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TimeRemainingColumn
 
-    def __init__(self) -> None:
-        from rich.console import Console
+    console, last = Console(stderr=True), time.monotonic()
+    columns = "{task.description}", BarColumn(bar_width=None), "{task.fields[facts]}", "ETA"
+    off = not console.is_terminal
+    bar = Progress(*columns, TimeRemainingColumn(), console=console, expand=True, disable=off)
 
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self._progress: Progress | None = None
-        self._task: TaskID | None = None
-        self._doing, self._last = "", time.monotonic()
-
-    def __enter__(self) -> "_Bar":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-
-    def say(self, line: str) -> None:
-        """One line, above the bar."""
-        self._console.print(line, markup=False)
-
-    def show(self, step: "Step") -> None:
-        """How far it is now."""
-        if self._console.is_terminal:
-            self._draw(step)
-        elif time.monotonic() - self._last > PLAIN_INTERVAL:
-            self._last = time.monotonic()
-            share = f" {step.done / step.total:.0%}" if step.total else ""
-            self.say(f"{step.doing}{share}  {step.facts}".rstrip())
-
-    def _draw(self, step: "Step") -> None:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        if self._progress is None:
-            columns = ("{task.description}", BarColumn(bar_width=None), "{task.fields[facts]}")
-            ends = (TextColumn("ETA"), TimeRemainingColumn())
-            self._progress = Progress(*columns, *ends, console=self._console, expand=True)
-            self._progress.start()
-        if step.doing != self._doing:
-            self._doing = step.doing
-            if self._task is not None:
-                self._progress.remove_task(self._task)
-            self._task = self._progress.add_task(step.doing, completed=step.done, facts="")
-        assert self._task is not None
+    def draw(step: "Step") -> None:
+        bar.start()  # not before: others may draw theirs first
+        for task in bar.tasks:
+            if task.description != step.doing:
+                bar.remove_task(task.id)
+        if not bar.tasks:
+            bar.add_task(step.doing, total=None, completed=step.done, facts="")
         total = step.total or None
-        self._progress.update(self._task, completed=step.done, total=total, facts=step.facts)
+        bar.update(bar.task_ids[0], completed=step.done, total=total, facts=step.facts)
+
+    def tell(step: "Step") -> None:
+        nonlocal last
+        if time.monotonic() - last > PLAIN_INTERVAL:
+            last = time.monotonic()
+            share = f" {step.done / step.total:.0%}" if step.total else ""
+            _say(f"{step.doing}{share}  {step.facts}".rstrip())
+
+    try:
+        yield tell if off else draw
+    finally:
+        bar.stop()
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)

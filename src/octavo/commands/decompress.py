@@ -3,10 +3,9 @@
 from argparse import Namespace
 
 from octavo.commands.compress import three_words
-from octavo.commands.shared import Option, print_facts, progress
+from octavo.commands.shared import Option, add_common, print_facts, progress
 
 WORDS = "RUN FILE OUT"
-TAKES_SETTINGS = False
 PAGE = """\
 Give back what `octavo compress` was given, byte for byte.
 
@@ -18,13 +17,10 @@ damaged file (3). Nothing is written unless the original's checksum is met."""
 
 
 def add_options(option: Option) -> None:
-    """What may be typed besides the words."""
-    option("--base", metavar="RUN", help="where an adapter's base is, if it was moved")
-    option("--json", action="store_true", help="print one JSON object")
+    add_common(option, "base", "json")
 
 
 def run(args: Namespace, settings: list[str]) -> None:
-    """Do it."""
     from octavo.disk import write_atomic
     from octavo.explaining.compression import decompress, unpack
     from octavo.language_model import load
@@ -37,7 +33,5 @@ def run(args: Namespace, settings: list[str]) -> None:
     with progress("decompressing") as watch:
         data = decompress(lm, compressed, watch, where)
     write_atomic(out, data)
-    if args.json:
-        print_facts({"bytes": len(data), "compressed_bytes": len(compressed)}, as_json=True)
-    else:
-        print(f"{out}: {len(data):,} bytes, as they were")
+    facts = {"bytes": len(data), "compressed_bytes": len(compressed)}
+    print_facts(facts, args.json, f"{out}: {len(data):,} bytes, as they were")

@@ -5,15 +5,14 @@ import json
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
-from octavo.commands.shared import Option
-from octavo.errors import ConfigError
+from octavo.commands.shared import Option, exactly, print_facts
+from octavo.studies.readable import aligned
 
 if TYPE_CHECKING:
     from octavo.explaining.diff import Diff
 
 MOST_ROWS = 20  # tensors, unless --all
 WORDS = "A B"
-TAKES_SETTINGS = False
 PAGE = """\
 What two runs, or two checkpoints of one run, differ in: settings, tokenizers and weights, the most
 changed tensor first. A change is |b - a| / |a|.
@@ -26,25 +25,18 @@ Of a run its best checkpoint is taken."""
 
 
 def add_options(option: Option) -> None:
-    """What may be typed besides the words."""
     option("--all", action="store_true", help=f"every tensor, not only the first {MOST_ROWS}")
     option("--json", action="store_true", help="print one JSON object, with every tensor")
 
 
 def run(args: Namespace, settings: list[str]) -> None:
-    """Do it."""
-    if len(args.words) != 2:
-        raise ConfigError(
-            f"two are compared, {len(args.words)} given", fix="octavo diff runs/a runs/b"
-        )
+    a, b = exactly(args.words, WORDS, "octavo diff runs/a runs/b")
     from octavo.explaining.diff import diff
 
-    found = diff(*args.words)
-    if args.json:
-        same = {"same_weights": found.same_weights, "identical": found.identical}
-        print(json.dumps(dataclasses.asdict(found) | same, ensure_ascii=False))
-        return
-    print("\n".join(_lines(found, None if args.all else MOST_ROWS)))
+    found = diff(a, b)
+    same = {"same_weights": found.same_weights, "identical": found.identical}
+    said = "\n".join(_lines(found, None if args.all else MOST_ROWS))
+    print_facts(dataclasses.asdict(found) | same, args.json, said)
 
 
 def _lines(found: "Diff", most: int | None) -> list[str]:
@@ -61,23 +53,16 @@ def _lines(found: "Diff", most: int | None) -> list[str]:
     lines.append(f"tokenizer: {found.tokenizer}")
     if not found.settings:
         return [*lines, "settings: the same"]
-    width = max(map(len, found.settings))
-    rows = (
-        f"  {name:<{width}}  {_value(a)} -> {_value(b)}" for name, (a, b) in found.settings.items()
-    )
-    return [*lines, "settings that differ:", *rows]
+    rows = [(f"  {name}", f"{_value(a)} -> {_value(b)}") for name, (a, b) in found.settings.items()]
+    return [*lines, "settings that differ:", *aligned(rows, "<<")]
 
 
 def _weights(found: "Diff", most: int | None) -> list[str]:
-    shown = found.changes[:most]
-    width = max(len(change.name) for change in shown)
-    lines = [f"weights: {_share(found.relative)} apart in all", ""]
-    lines.append(f"  {'tensor':<{width}}  {'change':>9}  {'|a|':>10}  {'|b|':>10}  shape")
-    lines += [
-        f"  {c.name:<{width}}  {_share(c.relative):>9}  {c.norm_a:>10.4g}  {c.norm_b:>10.4g}  "
-        f"{_shape(c.shape)}"
-        for c in shown
-    ]
+    shown, rows = found.changes[:most], [("  tensor", "change", "|a|", "|b|", "shape")]
+    for c in shown:
+        norms = f"{c.norm_a:.4g}", f"{c.norm_b:.4g}"
+        rows.append((f"  {c.name}", _share(c.relative), *norms, _shape(c.shape)))
+    lines = [f"weights: {_share(found.relative)} apart in all", "", *aligned(rows, "<>>><")]
     rest = len(found.changes) - len(shown)
     return [*lines, f"  and {rest:,} more, less changed (--all)"] if rest else [*lines, ""]
 

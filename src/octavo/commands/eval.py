@@ -4,14 +4,14 @@ import dataclasses
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
-from octavo.commands.shared import Option, one_run, print_facts, progress
+from octavo.commands.shared import Option, add_common, one_run, print_facts, progress
 from octavo.errors import ConfigError
+from octavo.studies.readable import aligned
 
 if TYPE_CHECKING:
     from octavo.language_model import LanguageModel
 
 WORDS = "RUN"
-TAKES_SETTINGS = False
 PAGE = """\
 How surprised is a model by a text: nats a token, perplexity, bits a byte. Which of four endings
 does it find likeliest (HellaSwag), or any task of lm-evaluation-harness. A classifier: how often it
@@ -26,7 +26,6 @@ is right.
 
 
 def add_options(option: Option) -> None:
-    """What may be typed besides the words."""
     option("--perplexity", metavar="FILE", help="the text; default: the run's own validation part")
     option(
         "--stride", type=int, metavar="N", help="tokens between windows; default: half a context"
@@ -51,13 +50,10 @@ def add_options(option: Option) -> None:
         help="perplexity of the same tokens after up to 4 contexts, RoPE plain and stretched",
     )
     option("--limit", type=int, metavar="N", help="only the first N items, of each task")
-    option("--base", metavar="RUN", help="where an adapter's base is, if it was moved")
-    option("--device", default="auto", metavar="D", help="cuda, mps, cpu or auto")
-    option("--json", action="store_true", help="print one JSON object")
+    add_common(option, "base", "device", "json")
 
 
 def run(args: Namespace, settings: list[str]) -> None:
-    """Do it."""
     from octavo.language_model import load
 
     _check(args)
@@ -120,16 +116,12 @@ def _lengths(lm: "LanguageModel", args: Namespace) -> None:
         tokens = validation_tokens(lm)
     with progress("contexts") as watch:
         found = measure_lengths(lm.model, tokens, watch=watch)
-    if args.json:
-        print_facts(dataclasses.asdict(found), as_json=True)
-        return
-    print(f"perplexity of the same {found.tokens:,} tokens after a context of")
     lengths = sorted({length for row in found.perplexity.values() for length in row})
-    print(" " * 12 + "".join(f"{length:>10,}" for length in lengths))
-    for way, row in found.perplexity.items():
-        print(f"{way:<12}" + "".join(f"{_short(row.get(length)):>10}" for length in lengths))
-    for remark in found.remarks:
-        print(remark)
+    rows = [["", *(f"{length:,}" for length in lengths)]]
+    rows += [[way, *(_short(row.get(n)) for n in lengths)] for way, row in found.perplexity.items()]
+    said = [f"perplexity of the same {found.tokens:,} tokens after a context of"]
+    said += [*aligned(rows, "<" + ">" * len(lengths)), *found.remarks]
+    print_facts(dataclasses.asdict(found), args.json, "\n".join(said))
 
 
 def _short(value: float | None) -> str:
@@ -138,23 +130,21 @@ def _short(value: float | None) -> str:
 
 def _hellaswag(lm: "LanguageModel", args: Namespace) -> None:
     """Which of four endings it finds likeliest."""
-    from octavo.evaluating.hellaswag import read_items, score_hellaswag
+    from octavo.evaluating.hellaswag import HellaSwag, read_items
 
     items = read_items(args.hellaswag, args.limit or 0)
     with progress("HellaSwag") as watch:
-        score = score_hellaswag(lm, items, args.protocol or "completion", watch)
-    print_facts(score.to_dict() if args.json else score.summary(), args.json)
+        judge = HellaSwag(items, lm.tokenizer, args.protocol or "completion")
+        score = judge.score(lm.model, watch)
+    print_facts(score.to_dict(), args.json, "\n".join([score.line(), *score.remarks]))
 
 
 def _tasks(lm: "LanguageModel", args: Namespace) -> None:
     """What lm_eval finds."""
     from octavo.evaluating.harness import as_table, run_tasks
 
-    found = run_tasks(lm, args.tasks.split(","), args.limit)
-    if args.json:
-        print_facts(found["results"], as_json=True)
-    else:
-        print(as_table(found))
+    found = run_tasks(lm.model, lm.tokenizer, args.tasks.split(","), args.limit)
+    print_facts(found["results"], args.json, as_table(found))
 
 
 def _of_labels(lm: "LanguageModel", text: str | None) -> dict[str, Any]:
@@ -163,8 +153,6 @@ def _of_labels(lm: "LanguageModel", text: str | None) -> dict[str, Any]:
 
     if text:
         raise ConfigError("a classifier has no perplexity", fix="leave --perplexity out")
-    figures = judge_validation(lm).to_dict()
-    labels = figures.pop("labels")
-    f1 = {label: each["f1"] for label, each in labels.items()}
-    del figures["confusion"]  # its picture says more: confusion.png in the run
-    return {**figures, "f1": f1}
+    found = judge_validation(lm).to_dict()  # which for which is a picture: confusion.png in the run
+    f1 = {label: each["f1"] for label, each in found["labels"].items()}
+    return {"accuracy": found["accuracy"], "macro_f1": found["macro_f1"], "f1": f1}

@@ -5,14 +5,13 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from octavo.commands.shared import Option, one_run, print_facts
+from octavo.commands.shared import Option, add_common, one_run, print_facts
 from octavo.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from octavo.language_model import LanguageModel
 
 WORDS = "RUN"
-TAKES_SETTINGS = False
 PAGE = """\
 See what a model makes of a text, token by token, on one page that opens offline: how probable each
 token was, what else was expected, what each layer would have said and each head looks at, and which
@@ -28,7 +27,6 @@ A text longer than the context is read in windows, as when the model writes."""
 
 
 def add_options(option: Option) -> None:
-    """What may be typed besides the words."""
     option("--text", metavar="TEXT", help="the text")
     option("--file", metavar="FILE", help="the text, from a file; - is standard input")
     option("--prompt", metavar="TEXT", help="let the model write on from this, and explain both")
@@ -37,14 +35,10 @@ def add_options(option: Option) -> None:
     option("--seed", type=int, default=1337, metavar="N", help="same seed, same text")
     option("--out", default="explain.html", metavar="FILE", help="the page; default: explain.html")
     option("--corpus", metavar="FILE", help="look spans up here; default: the run's training text")
-    option("--weights", metavar="P", help="packed weights: int8, int4, auto or fp16")
-    option("--base", metavar="RUN", help="where an adapter's base is, if it was moved")
-    option("--device", default="auto", metavar="D", help="cuda, mps, cpu or auto")
-    option("--json", action="store_true", help="print one JSON object")
+    add_common(option, "weights", "base", "device", "json")
 
 
 def run(args: Namespace, settings: list[str]) -> None:
-    """Do it."""
     if sum(given is not None for given in (args.text, args.file, args.prompt)) != 1:
         raise ConfigError("which text?", fix="give one of --text, --file and --prompt")
     from octavo.disk import write_atomic

@@ -1,12 +1,11 @@
 """`octavo export`: a model leaves for the tools of others."""
 
-import dataclasses
 from argparse import Namespace
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from octavo.commands.shared import Option, print_facts
+from octavo.commands.shared import Option, add_common, exactly, print_facts
 from octavo.errors import ConfigError, OctavoError
 
 if TYPE_CHECKING:
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
     from octavo.text.tokenizer import Tokenizer
 
 WORDS = "RUN PATH"
-TAKES_SETTINGS = False
 PAGE = """\
 A run leaves for the tools of others, checked by their own code before it does.
 
@@ -31,25 +29,18 @@ with the run's numbers."""
 
 
 def add_options(option: Option) -> None:
-    """What may be typed besides the words."""
     option("--to", choices=["hf", "gguf", "peft"], required=True, help="whose format")
     option("--type", choices=["F32", "F16", "Q8_0", "Q4_0"], default="F16", help="GGUF's numbers")
     option("--architecture", metavar="C", help="a class of transformers; default: the first to fit")
-    option("--base", metavar="RUN", help="where an adapter's base is, if it was moved")
     option("--force", action="store_true", help="write over an earlier export")
-    option("--json", action="store_true", help="print one JSON object")
+    add_common(option, "base", "json")
 
 
 def run(args: Namespace, settings: list[str]) -> None:
-    """Do it."""
-    if len(args.words) != 2:
-        raise ConfigError(
-            "a run and a path are wanted", fix=f"octavo export RUN --to {args.to} PATH"
-        )
+    source, target = exactly(args.words, WORDS, f"octavo export RUN --to {args.to} PATH")
     from octavo.exchanging.staging import refuse_occupied
     from octavo.language_model import load
 
-    source, target = args.words
     refuse_occupied(Path(target), args.force)
     lm = load(source, device="cpu", base=args.base)
     match args.to:
@@ -79,7 +70,7 @@ def to_huggingface(
 
     tokenizer = lm.tokenizer if lm.has_tokenizer else None
     rows, text = comparison_rows(lm, tokenizer)
-    exported = export_huggingface(
+    return export_huggingface(
         lm.model,
         tokenizer,
         directory,
@@ -91,14 +82,15 @@ def to_huggingface(
         architecture=architecture,
         force=force,
     )
-    return {"architecture": exported.architecture, **dataclasses.asdict(exported.parity)}
 
 
 def _to_gguf(lm: "LanguageModel", target: str, args: Namespace) -> dict[str, Any]:
     from octavo.exchanging.gguf import export_gguf
 
     rows, text = comparison_rows(lm, lm.tokenizer)
-    return export_gguf(lm, target, args.type, rows=rows, text=text, architecture=args.architecture)
+    return export_gguf(
+        lm.model, lm.tokenizer, target, rows, text, kind=args.type, architecture=args.architecture
+    )
 
 
 def _to_peft(lm: "LanguageModel", target: str, args: Namespace) -> dict[str, Any]:
@@ -107,12 +99,8 @@ def _to_peft(lm: "LanguageModel", target: str, args: Namespace) -> dict[str, Any
     if lm.base is None or lm.base.run is None:
         raise ConfigError(f"{lm.home} has no adapter", fix="name a run of octavo finetune")
     base = lm.base.run.path.name
-    return {
-        "base": base,
-        "difference_to_peft": to_peft(
-            lm.model, "default", target, base, args.architecture, args.force
-        ),
-    }
+    difference = to_peft(lm.model, "default", target, base, args.architecture, args.force)
+    return {"base": base, "difference_to_peft": difference}
 
 
 def comparison_rows(lm: "LanguageModel", tokenizer: "Tokenizer | None") -> tuple["np.ndarray", str]:

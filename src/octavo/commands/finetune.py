@@ -24,7 +24,6 @@ train.max_steps=300 train.micro_batch_size=16 eval.every=50 checkpoint.every=100
 
 
 def add_options(option: Option) -> None:
-    """What may be typed besides the words."""
     option("--out", metavar="RUN", help="the run directory to write; default: runs/BASE-DATA")
     option("--resume", action="store_true", help="go on with the run that is there")
     option("--all", action="store_true", help="train every weight, without adapters")
@@ -34,7 +33,6 @@ def add_options(option: Option) -> None:
 
 
 def run(args: Namespace, settings: list[str]) -> None:
-    """Do it."""
     args.quiet = is_quiet(args)
     from octavo.training.loop import train
     from octavo.training.request import finetune_request

@@ -4,10 +4,9 @@ import sys
 from argparse import Namespace
 from typing import Any
 
-from octavo.commands.shared import Option, one_run
+from octavo.commands.shared import Option, add_common, one_run
 
 WORDS = "RUN"
-TAKES_SETTINGS = False
 PAGE = """\
 Let a model write: prints the continuation of the prompt and nothing else.
 
@@ -38,7 +37,6 @@ SAMPLING: dict[str, tuple[type, str]] = {
 
 
 def add_options(option: Option) -> None:
-    """What may be typed besides the words."""
     option("--prompt", metavar="TEXT", help="what to write on from; default: begin a new text")
     add_writing_options(option)
     option("--n", type=int, default=1, metavar="K", help="write K texts")
@@ -49,7 +47,7 @@ def add_options(option: Option) -> None:
         metavar="HOW",
         help="what guesses: off, lookup, auto (the run's draft, else lookup) or a smaller RUN",
     )
-    option("--json", action="store_true", help="print one JSON object")
+    add_common(option, "json")
 
 
 def add_writing_options(option: Option) -> None:
@@ -61,9 +59,7 @@ def add_writing_options(option: Option) -> None:
     for name, (kind, meaning) in SAMPLING.items():
         option("--" + name.replace("_", "-"), type=kind, metavar="X", help=meaning)
     option("--stop", action="append", default=[], metavar="S", help="end before S; may be repeated")
-    option("--weights", metavar="P", help="packed weights: int8, int4, auto or fp16")
-    option("--base", metavar="RUN", help="where an adapter's base is, if it was moved")
-    option("--device", default="auto", metavar="D", help="cuda, mps, cpu or auto")
+    add_common(option, "weights", "base", "device")
 
 
 def sampling_given(args: Namespace) -> dict[str, Any]:
@@ -73,17 +69,11 @@ def sampling_given(args: Namespace) -> dict[str, Any]:
 
 
 def run(args: Namespace, settings: list[str]) -> None:
-    """Do it."""
     from octavo.generating.terminal import talk, write_out
     from octavo.language_model import load
 
-    lm = load(
-        one_run(args.words),
-        device=args.device,
-        base=args.base,
-        speculate=args.speculate,
-        weights=args.weights,
-    )
+    path = one_run(args.words)
+    lm = load(path, args.device, args.base, speculate=args.speculate, weights=args.weights)
     how = {"max_new_tokens": args.max_new_tokens, "stop": args.stop, **sampling_given(args)}
     if args.interactive:
         talk(lm, how)

@@ -3,7 +3,7 @@
 import shlex
 from argparse import Namespace
 
-from octavo.commands.shared import Option, one_run, print_facts
+from octavo.commands.shared import Option, add_common, one_run, print_facts
 from octavo.errors import ConfigError
 
 WORDS = "RUN"
@@ -22,13 +22,11 @@ are compared at once; where they cannot stay the same, the loss is printed, befo
 
 
 def add_options(option: Option) -> None:
-    """What may be typed besides the words."""
     option("--out", metavar="RUN", help="the run directory to write")
-    option("--json", action="store_true", help="print one JSON object")
+    add_common(option, "json")
 
 
 def run(args: Namespace, settings: list[str]) -> None:
-    """Do it."""
     if not args.out:
         raise ConfigError("grow writes a new run", fix="name it with --out RUN")
     from octavo.language_model import load

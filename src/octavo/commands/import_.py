@@ -1,15 +1,13 @@
 """`octavo import`: a model from elsewhere becomes a run."""
 
-import dataclasses
 import shlex
 from argparse import Namespace
 from pathlib import Path
 
-from octavo.commands.shared import Option, print_facts
+from octavo.commands.shared import Option, add_common, exactly, print_facts
 from octavo.errors import ConfigError
 
 WORDS = "SOURCE RUN"
-TAKES_SETTINGS = False
 PAGE = """\
 A model from elsewhere becomes a run: to write with, to measure, to fine-tune.
 
@@ -24,21 +22,17 @@ compared with octavo's first, and nothing is written if they differ."""
 
 
 def add_options(option: Option) -> None:
-    """What may be typed besides the words."""
     option(
         "--tokenizer",
         metavar="T",
         help="gpt2, a tokenizer.json, or the text whose characters nanoGPT learned",
     )
     option("--base", metavar="RUN", help="the run that PEFT's adapter belongs to")
-    option("--json", action="store_true", help="print one JSON object")
+    add_common(option, "json")
 
 
 def run(args: Namespace, settings: list[str]) -> None:
-    """Do it."""
-    if len(args.words) != 2:
-        raise ConfigError("a source and a run are wanted", fix="octavo import SOURCE RUN")
-    source, target = args.words
+    source, target = exactly(args.words, WORDS)
     if (Path(source) / "adapter_config.json").exists():
         from octavo.language_model import load
         from octavo.training.merging import import_adapter
@@ -49,8 +43,8 @@ def run(args: Namespace, settings: list[str]) -> None:
     else:
         from octavo.exchanging.importing import import_model
 
-        facts = dataclasses.asdict(import_model(source, Path(target), args.tokenizer))
-    facts["run"] = target
-    print_facts({name: value for name, value in facts.items() if value is not None}, args.json)
+        facts = import_model(source, target, args.tokenizer)
+    known = {name: value for name, value in facts.items() if value is not None}
+    print_facts({"run": target, **known}, args.json)
     if not args.json:
         print(f"write:  octavo generate {shlex.quote(target)} --max-new-tokens 100")

@@ -2,11 +2,10 @@
 
 from argparse import Namespace
 
-from octavo.commands.shared import Option, one_run, print_facts
+from octavo.commands.shared import Option, add_common, one_run, print_facts
 from octavo.errors import ConfigError
 
 WORDS = "RUN"
-TAKES_SETTINGS = False
 PAGE = """\
 Fold a run's adapter into the weights of its base: a run like any other.
 
@@ -17,14 +16,12 @@ nothing is written and the exit code is 8."""
 
 
 def add_options(option: Option) -> None:
-    """What may be typed besides the words."""
     option("--out", metavar="RUN", help="the run directory to write")
     option("--base", metavar="RUN", help="where the base is, if it was moved")
-    option("--json", action="store_true", help="print one JSON object")
+    add_common(option, "json")
 
 
 def run(args: Namespace, settings: list[str]) -> None:
-    """Do it."""
     if not args.out:
         raise ConfigError("merge writes a new run", fix="name it with --out RUN")
     from octavo.language_model import load

@@ -1,20 +1,21 @@
 """`octavo plan`: what a run will cost."""
 
 import dataclasses
-import json
+import datetime
 import time
 from argparse import BooleanOptionalAction, Namespace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from octavo.commands.shared import Option
+from octavo.commands.shared import Option, add_common, print_facts
+from octavo.errors import DataError, ResourceError
+from octavo.studies.readable import aligned, amount, scaled, size
 from octavo.text.files import counted
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from octavo.studies.plan import Plan
 
+Rows = list[tuple[str, str, str]]
+"""What a figure is, the figure, and a note on it."""
 WORDS = "CONFIG.yaml | TEXT... | RUN"
 TAKES_SETTINGS = True
 PAGE = """\
@@ -32,18 +33,15 @@ over a minute it is left out, unless --probe asks for it."""
 
 
 def add_options(option: Option) -> None:
-    """What may be typed besides the words."""
     option("--out", metavar="RUN", help="the run directory to be written; default: runs/NAME")
     option("--probe", action=BooleanOptionalAction, help="measure by a run in small, or do not")
-    option("--json", action="store_true", help="print one JSON object")
+    add_common(option, "json")
 
 
 def run(args: Namespace, settings: list[str]) -> None:
-    """Do it."""
     from rich.console import Console
 
     from octavo.checkpoint import Run
-    from octavo.errors import DataError, ResourceError
     from octavo.language_model import choose_device
     from octavo.manifest import read_manifest
     from octavo.studies.plan import make_plan, without_text
@@ -54,7 +52,7 @@ def run(args: Namespace, settings: list[str]) -> None:
     out = request.directory(args.out, resume=False)
     there = Run.find(out) if request.run else None
     device = choose_device(request.config.train.device)
-    console, started = Console(stderr=True), time.monotonic()
+    started = time.monotonic()
     try:
         task = prepare(request.config, device.type, out, there.tokenizer if there else None)
     except (DataError, ResourceError) as error:
@@ -63,58 +61,34 @@ def run(args: Namespace, settings: list[str]) -> None:
         task = without_text(request.config, f"counted without the text: {error}")
     prepared = time.monotonic() - started
     done = read_manifest(there.latest).step if there and there.latest else 0
-    with console.status("measuring a run in small ..."):
-        plan = make_plan(task, device, _existing(out), done, args.probe, prepared)
-    if args.json:
-        print(json.dumps(dataclasses.asdict(plan), ensure_ascii=False))
-        return
-    page = Console(highlight=False)
-    page.print(table(plan))
-    for remark in plan.remarks:
-        page.print(f"! {remark}", markup=False, soft_wrap=True)
-
-
-def _existing(out: Path) -> Path:
-    """The nearest folder above ``out`` that is there: on the disk that the run will use."""
-    return next(folder for folder in out.resolve().parents if folder.is_dir())
-
-
-def table(plan: "Plan") -> "Table":
-    """The figures in five groups, for 80 columns and without colour."""
-    from rich.table import Table
-
-    rows = Table.grid(padding=(0, 2))
-    rows.add_column(style="bold", no_wrap=True)
-    rows.add_column(no_wrap=True)
-    rows.add_column(justify="right", no_wrap=True)
-    rows.add_column(style="dim")
-    for group in (_model, _text, _memory, _disk, _time):
-        for number, cells in enumerate(group(plan)):
-            name = group.__name__.removeprefix("_") if number == 0 else ""
-            rows.add_row(name, *cells)
-    return rows
-
-
-Rows = list[tuple[str, str, str]]
+    beside = next(folder for folder in out.resolve().parents if folder.is_dir())  # the same disk
+    with Console(stderr=True).status("measuring a run in small ..."):
+        plan = make_plan(task, device, beside, done, args.probe, prepared)
+    groups = {"model": _model, "text": _text, "memory": _memory, "disk": _disk, "time": _time}
+    rows = [
+        (name if number == 0 else "", *cells)
+        for name, group in groups.items()
+        for number, cells in enumerate(group(plan))
+    ]
+    said = [*aligned(rows, "<<><"), *(f"! {remark}" for remark in plan.remarks)]
+    print_facts(dataclasses.asdict(plan), args.json, "\n".join(said))
 
 
 def _model(plan: "Plan") -> Rows:
-    from octavo.studies.plan_remarks import operations
-
-    groups = {name.replace("_", " "): n for name, n in plan.parameters.items() if n}
-    rows = [("parameters", f"{plan.parameters_total:,}", "")]
+    total = plan.parameters_total
+    rows = [("parameters", f"{total:,}", "")]
     rows += [
-        (f"  {name}", f"{n:,}", f"{n / plan.parameters_total:.1%}") for name, n in groups.items()
+        (f"  {name.replace('_', ' ')}", f"{n:,}", f"{n / total:.1%}")
+        for name, n in plan.parameters.items()
+        if n
     ]
-    if plan.parameters_trainable != plan.parameters_total:
+    if plan.parameters_trainable != total:
         rows.append(("trained", f"{plan.parameters_trainable:,}", "the rest is frozen"))
-    training = f"three times that in training, {operations(plan.training_flops)} in all"
-    return [*rows, ("operations a token", operations(plan.flops_a_token), training)]
+    rows.append(("operations a token", f"{scaled(plan.flops_a_token)}FLOP", "thrice in training"))
+    return [*rows, ("operations in all", f"{scaled(plan.training_flops)}FLOP", "")]
 
 
 def _text(plan: "Plan") -> Rows:
-    from octavo.studies.plan_remarks import amount
-
     there = plan.tokens_in_text > 0
     return [
         ("tokens to learn from", f"{plan.tokens_in_text:,}" if there else "unknown", ""),
@@ -125,11 +99,9 @@ def _text(plan: "Plan") -> Rows:
 
 
 def _memory(plan: "Plan") -> Rows:
-    from octavo.studies.plan_remarks import size
-
     found, memory = plan.measured, plan.memory
-    parts = ("weights", "gradients", "optimizer", "activations", "logits")
     rows = [("a step, predicted", size(memory.step), "not all of it at once:")]
+    parts = ("weights", "gradients", "optimizer", "activations", "logits")
     rows += [(f"  {name}", size(getattr(memory, name)), "") for name in parts]
     if found is not None:
         off = memory.step / found.step_bytes - 1
@@ -144,12 +116,9 @@ def _memory(plan: "Plan") -> Rows:
 
 
 def _disk(plan: "Plan") -> Rows:
-    from octavo.studies.plan_remarks import size
-
-    free = f"{size(plan.disk_free_bytes)} are free"
     return [
         ("a checkpoint", size(plan.checkpoint_bytes), f"weights {size(plan.weights_bytes)}"),
-        ("all that are kept", size(plan.disk_bytes), free),
+        ("all that are kept", size(plan.disk_bytes), f"{size(plan.disk_free_bytes)} are free"),
     ]
 
 
@@ -158,19 +127,13 @@ def _time(plan: "Plan") -> Rows:
     if plan.measured is None:
         return [("in all, a guess", span(plan.seconds), f"for {steps}; --probe measures")]
     parts = [(f"  {what}", span(took), "") for what, took in plan.times.items() if took >= 0.5]
+    ends = datetime.datetime.fromisoformat(plan.ends)
     return [
         ("tokens a second", f"{plan.tokens_per_s:,.0f}", f"{plan.measured.step:.3g} s a step"),
         ("in all", span(plan.seconds), steps),
         *parts,
-        ("ends at", *_clock(plan.ends)),
+        ("ends at", f"{ends:%H:%M}", f"{ends:%A, %d %B %Y}"),
     ]
-
-
-def _clock(ends: str) -> tuple[str, str]:
-    from datetime import datetime
-
-    moment = datetime.fromisoformat(ends)
-    return f"{moment:%H:%M}", f"{moment:%A, %d %B %Y}"
 
 
 def span(seconds: float) -> str:

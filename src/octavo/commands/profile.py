@@ -5,11 +5,12 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from octavo.commands.shared import Option, one_run, print_facts, progress
+from octavo.commands.shared import Option, add_common, one_run, print_facts, progress
 from octavo.errors import ConfigError
+from octavo.studies.readable import scaled
 
 if TYPE_CHECKING:
-    from octavo.explaining.profile import Profile, Row
+    from octavo.explaining.profile import Profile
 
 WORDS = "RUN | CONFIG.yaml | TEXT..."
 TAKES_SETTINGS = True
@@ -30,27 +31,22 @@ run stays as it is."""
 
 
 def add_options(option: Option) -> None:
-    """What may be typed besides the words."""
     option("--what", choices=("train", "generate"), default="train", help="what to take apart")
     option("--steps", type=int, metavar="N", help="training steps (3), or tokens to write (64)")
     option("--trace", metavar="FILE.json", help="write a Chrome trace")
     option("--weights", metavar="P", help="generate: packed weights: int8, int4, auto or fp16")
     option("--base", metavar="RUN", help="generate: where an adapter's base is, if it was moved")
     option("--device", metavar="D", help="cuda, mps, cpu or auto; default: as the run says")
-    option("--json", action="store_true", help="print one JSON object")
+    add_common(option, "json")
 
 
 def run(args: Namespace, settings: list[str]) -> None:
-    """Do it."""
     if args.steps is not None and args.steps < 1:
         raise ConfigError("--steps counts from 1", fix="leave it out for a few")
     trace = Path(args.trace) if args.trace else None
     if trace and not trace.parent.is_dir():
         raise ConfigError(f"{trace.parent} is no directory", fix="choose another path")
-    if args.what == "generate":
-        found = _writing(args, settings, trace)
-    else:
-        found = _training(args, settings, trace)
+    found = (_writing if args.what == "generate" else _training)(args, settings, trace)
     if args.json:
         print_facts(_facts(found), as_json=True)
     else:
@@ -80,13 +76,8 @@ def _writing(args: Namespace, settings: list[str], trace: Path | None) -> "Profi
 
     if settings:
         raise ConfigError(f"{settings[0]!r} is a training setting", fix="leave it out here")
-    lm = load(
-        one_run(args.words),
-        args.device or "auto",
-        args.base,
-        speculate="off",
-        weights=args.weights,
-    )
+    run, device = one_run(args.words), args.device or "auto"
+    lm = load(run, device, args.base, speculate="off", weights=args.weights)
     return profile_writing(lm, args.steps or 64, trace)
 
 
@@ -108,36 +99,33 @@ def _show(found: "Profile") -> None:
     """The facts, a table of the parts and the conclusion, in 80 columns."""
     from rich.console import Console
 
-    say = Console(highlight=False).print
     done, machine = found.flops / found.seconds, found.machine
     step = "a step: " if found.what == "train" else ""
-    say(f"{step}{found.tokens:,} tokens in {1e3 * found.seconds:,.1f} ms; {found.where}")
-    say(
+    print(f"{step}{found.tokens:,} tokens in {1e3 * found.seconds:,.1f} ms; {found.where}")
+    print(
         _written(found) if found.writing else f"speed: {found.tokens / found.seconds:,.0f} tokens/s"
     )
-    say(
-        f"arithmetic: {_short(done)}FLOP/s = {done / machine.flops:.0%} of this machine's "
-        f"{_short(machine.flops)}FLOP/s"
+    print(
+        f"arithmetic: {scaled(done)}FLOP/s = {done / machine.flops:.0%} of this machine's "
+        f"{scaled(machine.flops)}FLOP/s"
     )
-    say(f"memory: {found.memory_bytes / 1e6:,.0f} MB more than before the model")
-    say(
-        f"this machine reads {_short(machine.bandwidth)}B/s; below {machine.ridge:.1f} operations "
+    print(f"memory: {found.memory_bytes / 1e6:,.0f} MB more than before the model")
+    print(
+        f"this machine reads {scaled(machine.bandwidth)}B/s; below {machine.ridge:.1f} operations "
         "a byte that is the limit\n"
     )
     Console(highlight=False, width=80).print(_table(found))
-    if found.layers:
-        times = found.layers.values()
+    if times := found.layers.values():
         least, most = _milliseconds(min(times)), _milliseconds(max(times))
-        say(f"\n{len(times)} layers: {least} to {most} ms each")
+        print(f"\n{len(times)} layers: {least} to {most} ms each")
     if found.operations:
         first = list(found.operations.items())[:5]
         parts = [f"{n.removeprefix('aten::')} {s / found.seconds:.0%}" for n, s in first]
-        say(f"operations: {', '.join(parts)}")
-    if done > machine.flops:
-        say("looked at: a machine that was busy with something else while it was measured")
-    for remark in found.remarks:
-        say(f"looked at: {remark}")
-    say(f"\n{found.conclusion}")
+        print(f"operations: {', '.join(parts)}")
+    busy = "a machine that was busy with something else while it was measured"
+    for remark in [*[busy] * (done > machine.flops), *found.remarks]:
+        print(f"looked at: {remark}")
+    print(f"\n{found.conclusion}")
 
 
 def _written(found: "Profile") -> str:
@@ -146,7 +134,7 @@ def _written(found: "Profile") -> str:
     share = speed * size / found.machine.bandwidth
     return (
         f"prompt: {found.writing['prompt_tokens_per_s']:,.0f} tokens/s\n"
-        f"writing: {speed:,.0f} tokens/s, each reads {_short(size)}B: {_short(speed * size)}B/s = "
+        f"writing: {speed:,.0f} tokens/s, each reads {scaled(size)}B: {scaled(speed * size)}B/s = "
         f"{share:.0%} of this machine's{' (it stays in a cache)' if share > 1 else ''}"
     )
 
@@ -164,11 +152,13 @@ def _table(found: "Profile") -> Any:
     table.add_column("of roof", justify="right")
     for row in sorted(found.rows, key=lambda row: -row.share):
         times = [row.forward, row.backward] if train else [row.forward]
+        rates = [number / (row.forward + row.backward) for number in (row.flops, row.bytes)]
         table.add_row(
             row.part,
             *(_milliseconds(seconds) for seconds in times),
             f"{row.share:.1%}",
-            *_rates(row),
+            *(scaled(rate) if rate else "" for rate in rates),
+            f"{row.flops / row.bytes:.1f}" if all(rates) else "",
             row.bound,
             f"{row.of_roof:.0%}" if row.bytes else "",
         )
@@ -179,22 +169,3 @@ def _milliseconds(seconds: float) -> str:
     """Three digits, or all before the point."""
     ms = 1e3 * seconds
     return f"{ms:.2f}" if ms < 10 else f"{ms:.1f}" if ms < 100 else f"{ms:,.0f}"
-
-
-def _rates(row: "Row") -> list[str]:
-    """Operations and bytes a second, and operations a byte; nothing where nothing is counted."""
-    seconds = row.forward + row.backward
-    return [
-        _short(row.flops / seconds) if row.flops else "",
-        _short(row.bytes / seconds) if row.bytes else "",
-        f"{row.flops / row.bytes:.1f}" if row.flops and row.bytes else "",
-    ]
-
-
-def _short(number: float) -> str:
-    """Three digits and a prefix: 12.3 G."""
-    for prefix in ("", "k", "M", "G", "T"):
-        if number < 1000 or prefix == "T":
-            break
-        number /= 1000
-    return f"{number:.3g} {prefix}"

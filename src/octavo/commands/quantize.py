@@ -4,11 +4,10 @@ import math
 import re
 from argparse import Namespace
 
-from octavo.commands.shared import Option, one_run, print_facts
+from octavo.commands.shared import Option, add_common, one_run, print_facts
 from octavo.errors import ConfigError
 
 WORDS = "RUN"
-TAKES_SETTINGS = False
 PAGE = """\
 Pack a run's weights: a quarter (int8) or a seventh (int4) of the size, for writing faster.
 
@@ -23,7 +22,6 @@ only warn. Weights are packed into RUN/packed and serve the checkpoint they were
 
 
 def add_options(option: Option) -> None:
-    """What may be typed besides the words."""
     option("--to", metavar="P", help="fp16, int8, int4 or auto")
     option(
         "--max-perplexity-increase",
@@ -31,12 +29,10 @@ def add_options(option: Option) -> None:
         help="how much auto may raise perplexity, e.g. 0.5%%; default: 1%%",
     )
     option("--text", metavar="FILE", help="measure on this; default: the run's validation text")
-    option("--base", metavar="RUN", help="where an adapter's base is, if it was moved")
-    option("--json", action="store_true", help="print one JSON object")
+    add_common(option, "base", "json")
 
 
 def run(args: Namespace, settings: list[str]) -> None:
-    """Do it."""
     from octavo.packed import PRECISIONS
 
     if args.to not in PRECISIONS:

@@ -1,13 +1,11 @@
 """`octavo report`: a run's page drawn anew, or several runs laid over each other."""
 
-import json
 from argparse import Namespace
 
-from octavo.commands.shared import Option, one_run
+from octavo.commands.shared import Option, one_run, print_facts
 from octavo.errors import ConfigError
 
 WORDS = "RUN..."
-TAKES_SETTINGS = False
 PAGE = """\
 Draw a run's report.html anew, or lay several runs over each other on one page.
 
@@ -21,13 +19,11 @@ trained it shows what was logged so far; a last line that a kill left torn is pa
 
 
 def add_options(option: Option) -> None:
-    """What may be typed besides the words."""
     option("--out", metavar="FILE.html", help="of several runs: the page; default: comparison.html")
     option("--json", action="store_true", help="print the page's path as a JSON object")
 
 
 def run(args: Namespace, settings: list[str]) -> None:
-    """Do it."""
     from octavo.reporting.report import draw_run, write_comparison
 
     if len(args.words) > 1:
@@ -36,4 +32,4 @@ def run(args: Namespace, settings: list[str]) -> None:
         raise ConfigError("the page of one run lies in the run", fix=f"leave out --out {args.out}")
     else:
         page = draw_run(one_run(args.words))
-    print(json.dumps({"page": str(page)}) if args.json else page)
+    print_facts({"page": str(page)}, args.json, str(page))

@@ -4,11 +4,10 @@ import os
 from argparse import Namespace
 from pathlib import Path
 
-from octavo.commands.shared import Option, one_run
+from octavo.commands.shared import Option, add_common, one_run
 from octavo.errors import ConfigError, MissingExtraError
 
 WORDS = "RUN..."
-TAKES_SETTINGS = False
 PAGE = """\
 Serve models to whatever speaks OpenAI's API, each by its directory's name.
 
@@ -25,7 +24,6 @@ served. docs/serve.md has every field, limit and error."""
 
 
 def add_options(option: Option) -> None:
-    """What may be typed besides the words."""
     option("--port", type=int, default=8000, metavar="N", help="0: any free one; default: 8000")
     option("--host", default="127.0.0.1", metavar="A", help="address to listen on")
     option(
@@ -36,13 +34,10 @@ def add_options(option: Option) -> None:
     option("--max-tokens", type=int, default=4096, metavar="N", help="longest text; default: 4096")
     option("--seconds", type=float, default=600, metavar="S", help="longest request; default: 600")
     option("--grace", type=float, default=30, metavar="S", help="to finish in; default: 30")
-    option("--weights", metavar="P", help="packed weights: int8, int4, auto or fp16")
-    option("--base", metavar="RUN", help="where an adapter's base is, if it was moved")
-    option("--device", default="auto", metavar="D", help="cuda, mps, cpu or auto")
+    add_common(option, "weights", "base", "device")
 
 
 def run(args: Namespace, settings: list[str]) -> None:
-    """Do it."""
     try:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401

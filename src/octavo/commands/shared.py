@@ -9,9 +9,22 @@ from contextlib import contextmanager
 from typing import Any
 
 from octavo.errors import ConfigError, OctavoError
+from octavo.studies.readable import aligned
 
 Option = Callable[..., Action]
 """`ArgumentParser.add_argument`."""
+COMMON: dict[str, dict[str, Any]] = {
+    "weights": {"metavar": "P", "help": "packed weights: int8, int4, auto or fp16"},
+    "base": {"metavar": "RUN", "help": "where an adapter's base is, if it was moved"},
+    "device": {"default": "auto", "metavar": "D", "help": "cuda, mps, cpu or auto"},
+    "json": {"action": "store_true", "help": "print one JSON object"},
+}
+
+
+def add_common(option: Option, *names: str) -> None:
+    """Options that mean the same to every command that has them."""
+    for name in names:
+        option(f"--{name}", **COMMON[name])
 
 
 def is_quiet(args: Namespace) -> bool:
@@ -42,6 +55,15 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, of: bar.update(task, completed=done, total=of)
 
 
+def exactly(words: list[str], wanted: str, fix: str = "") -> list[str]:
+    """The words typed: one for each that is ``wanted``."""
+    if len(words) != len(wanted.split()):
+        were = "word was" if len(words) == 1 else "words were"
+        what = f"{wanted} are wanted, {len(words)} {were} given"
+        raise ConfigError(what, ", ".join(words), fix)
+    return words
+
+
 def one_run(words: list[str]) -> str:
     """The run named, or the newest under runs/."""
     if len(words) > 1:
@@ -57,22 +79,23 @@ def one_run(words: list[str]) -> str:
     return str(run)
 
 
-def print_facts(facts: dict[str, Any], as_json: bool) -> None:
-    """Figures as one JSON object, or as aligned lines."""
-    if as_json:
-        print(json.dumps(facts, ensure_ascii=False))
+def print_facts(facts: dict[str, Any], as_json: bool, text: str | None = None) -> None:
+    """Figures as one JSON object, else as the ``text`` that says them, or as aligned lines."""
+    if as_json or text is not None:
+        print(json.dumps(facts, ensure_ascii=False) if as_json else text)
         return
     lines: list[tuple[str, Any]] = []
     for name, value in facts.items():
         if isinstance(value, dict):
-            lines += [(f"{name}: {part}", number) for part, number in value.items() if number]
+            lines += [
+                (f"{name}: {part}", number) for part, number in value.items() if number is not None
+            ]
         elif isinstance(value, list):
             lines += [("remark", item) for item in value]
         else:
             lines.append((name, value))
-    width = max(len(name) for name, _ in lines)
-    for name, value in lines:
-        print(f"{name.replace('_', ' '):<{width}}  {_shown(name, value)}")
+    rows = [(name.replace("_", " "), _shown(name, value)) for name, value in lines]
+    print("\n".join(aligned(rows, "<<")))
 
 
 def _shown(name: str, value: Any) -> str:

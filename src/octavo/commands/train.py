@@ -2,6 +2,7 @@
 
 import dataclasses
 import shlex
+import time
 from argparse import SUPPRESS, Namespace
 
 from octavo.commands.shared import Option, is_quiet, said_once
@@ -19,6 +20,7 @@ Learn from a text, or go on with a run.
   octavo train shakespeare                        a corpus by name: python-docs, shakespeare
   octavo train quickstart.yaml train.max_steps=500 --out runs/short
   octavo train runs/my --resume                   go on where it was stopped
+  octavo train quickstart.yaml --budget 90s       as far as it comes in that time, and annealed
   octavo train my.txt --draft                     and a tiny model that makes it write faster
   torchrun --nproc-per-node 4 -m octavo train my.txt      on four GPUs: docs/distributed.md
 
@@ -28,10 +30,10 @@ costs about a tenth of the training; octavo train RUN --draft gives one to a run
 
 
 def add_options(option: Option) -> None:
-    """What may be typed besides the words."""
     option("--out", metavar="RUN", help="the run directory to write; default: runs/NAME")
     option("--resume", action="store_true", help="go on with the run that is there")
     option("--draft", action="store_true", help="then train a draft: it writes the same, faster")
+    option("--budget", metavar="T", help="15m, 90s, 2h: the schedule follows the clock")
     option("--config", metavar="FILE", help="the same as naming CONFIG.yaml")
     option("--wandb-project", metavar="P", help="log to W&B: log.to=[wandb] log.project=P")
     option("--wandb-run-name", metavar="R", help="log.run_name=R")
@@ -40,26 +42,29 @@ def add_options(option: Option) -> None:
 
 
 def run(args: Namespace, settings: list[str]) -> None:
-    """Do it."""
+    began = time.monotonic()
+    from octavo.training.display import seconds_of
+    from octavo.training.draft import train_draft
+    from octavo.training.loop import train
+    from octavo.training.request import read_request
+
     args.quiet = is_quiet(args)
     if args.wandb_project:
         settings += ["log.to=[wandb]", f"log.project={args.wandb_project}"]
     if args.wandb_run_name:
         settings.append(f"log.run_name={args.wandb_run_name}")
-    from octavo.training.draft import train_draft
-    from octavo.training.loop import train
-    from octavo.training.request import read_request
-
     with said_once():
         if args.data_parallel:
             raise no_data_parallel()
+        if args.budget:
+            settings.insert(0, f"train.budget={seconds_of(args.budget)}")
         request = read_request([*args.words, *([args.config] if args.config else [])], settings)
         out = request.directory(args.out, args.resume)
+        config = request.config
     resume = args.resume or request.run is not None
-    config = request.config
     if args.draft and request.run is None:
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, draft=True))
-    result = train(config, out, resume=resume, quiet=args.quiet)
+    result = train(config, out, resume=resume, quiet=args.quiet, began=began)
     if args.draft and request.run is not None:  # a new run's is trained with it
         train_draft(result.run, quiet=args.quiet)
     if not args.quiet:

@@ -1,12 +1,12 @@
 """`octavo verify-resume`: is a run that was killed the run it would have been."""
 
 import dataclasses
+import functools
 import sys
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
-from octavo.commands.shared import Option, print_facts
+from octavo.commands.shared import Option, add_common, print_facts
 from octavo.errors import ParityError
 
 WORDS = "CONFIG.yaml | TEXT..."
@@ -22,30 +22,23 @@ The verdict is in OUT/resumed/verify-resume.json too. Exit code 8 where the two 
 
 
 def add_options(option: Option) -> None:
-    """What may be typed besides the words."""
     option("--steps", type=int, default=24, metavar="N", help="steps to train; default: 24")
     option("--out", metavar="DIR", help="where the two runs go; default: runs/verify-NAME")
     option("--seed", type=int, metavar="N", help="kill at the same step again")
-    option("--json", action="store_true", help="print one JSON object")
+    add_common(option, "json")
 
 
 def run(args: Namespace, settings: list[str]) -> None:
-    """Do it."""
     from octavo.studies.verify_resume import verify_resume
     from octavo.training.request import read_request
 
     request = read_request(args.words, settings)
     request = dataclasses.replace(request, name=f"verify-{request.name}", run=None)
     out = Path(request.directory(args.out, resume=False))
-
-    def say(line: str) -> None:
-        print(line, file=sys.stderr)
-
+    say = functools.partial(print, file=sys.stderr)
     verdict = verify_resume(request.config, out, args.steps, args.seed, say)
-    facts: dict[str, Any] = dataclasses.asdict(verdict)
-    if not args.json:
-        facts["verdict"] = "bit for bit the same" if verdict.same else "NOT the same"
-    print_facts(facts, args.json)
+    said = {"verdict": "bit for bit the same" if verdict.same else "NOT the same"}
+    print_facts(vars(verdict) | ({} if args.json else said), args.json)
     if not verdict.same:
         raise ParityError(
             f"killed after step {verdict.killed_at} and resumed from {verdict.resumed_from}, the "

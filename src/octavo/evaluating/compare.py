@@ -108,26 +108,16 @@ def resample(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return np.concatenate(draws)
 
 
-def noise_paired(a: np.ndarray, b: np.ndarray) -> Noise | None:
-    """The seeds' noise in two sides (S,) under the same S seeds: what a seed does to both cancels.
+def seed_noise(a: np.ndarray, b: np.ndarray, paired: bool) -> Noise | None:
+    """The seeds' noise in the figures of two sides, (S,) and (S',); None where each is one run.
 
-    None where there is one seed.
+    ``paired``: both have the same seeds in the same order, and what a seed does to both cancels.
+    Else what each side's runs differ by is pooled.
     """
-    if len(a) < 2:
-        return None
-    return Noise(float((a - b).std(ddof=1)) / math.sqrt(2), len(a) - 1)
-
-
-def noise_within(a: np.ndarray, b: np.ndarray) -> Noise | None:
-    """The seeds' noise in two sides (S,) and (S',) whose seeds are not the same ones, pooled.
-
-    None where each side is one run.
-    """
-    freedom = len(a) + len(b) - 2
-    if freedom == 0:
-        return None
-    squares = ((a - a.mean()) ** 2).sum() + ((b - b.mean()) ** 2).sum()
-    return Noise(math.sqrt(float(squares) / freedom), freedom)
+    sides = [(a - b) / math.sqrt(2)] if paired else [a, b]
+    freedom = sum(len(side) - 1 for side in sides)
+    squares = sum(float(((side - side.mean()) ** 2).sum()) for side in sides)
+    return Noise(math.sqrt(squares / freedom), freedom) if freedom else None
 
 
 def flips(a: np.ndarray, b: np.ndarray) -> tuple[int, int]:
@@ -244,8 +234,6 @@ def _times_needed(gain: float, error: float, freedom: float, level: float) -> fl
     """How many times the evidence, seeds included, has to be there for this gain to show."""
     if gain == 0:
         return math.inf
-    if math.isinf(freedom):
-        return ((_two_sided(freedom, level) + POWER_Z) * error / gain) ** 2
 
     def shows(times: float) -> bool:
         reach = _two_sided(freedom * times, level) + POWER_Z

@@ -6,7 +6,7 @@ context is computed once, and only the states that predict a continuation pass t
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from octavo.model.kv_cache import CacheView
 
 Request = tuple[Sequence[int], Sequence[int]]
 """The ids of a context and of a continuation, neither empty."""
+Row = tuple[tuple[int, ...], list[tuple[int, Sequence[int]]]]
+"""A context and the continuations that share it, each after the number of its request."""
 Watch = Callable[[int, int], object]
 """Told after each batch how many of how many requests are done; what it raises stops the rest."""
 
@@ -53,7 +55,7 @@ def continuation_likelihoods(
     try:
         for rows in _batches(_share_contexts(requests, model.config.block_size), most):
             _read(model, rows, found)
-            done += sum(len(row.numbers) for row in rows)
+            done += sum(len(asked) for _, asked in rows)
             if watch is not None:
                 watch(done, len(requests))
     finally:
@@ -81,33 +83,24 @@ def cut(context: Sequence[int], continuation: Sequence[int], block_size: int) ->
     return whole[:-kept], whole[-kept:]
 
 
-@dataclass
-class _Row:
-    """A context and the continuations that share it; ``numbers`` are those of their requests."""
-
-    context: tuple[int, ...]
-    numbers: list[int] = field(default_factory=list)
-    continuations: list[Sequence[int]] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.context) + sum(len(ids) - 1 for ids in self.continuations)
-
-
-def _share_contexts(requests: Sequence[Request], block_size: int) -> list[_Row]:
-    rows: dict[tuple[int, ...], _Row] = {}
+def _share_contexts(requests: Sequence[Request], block_size: int) -> list[Row]:
+    rows: dict[tuple[int, ...], list[tuple[int, Sequence[int]]]] = {}
     for number, request in enumerate(requests):
         context, continuation = cut(*request, block_size)
-        row = rows.setdefault(tuple(context), _Row(tuple(context)))
-        row.numbers.append(number)
-        row.continuations.append(continuation)
-    return list(rows.values())
+        rows.setdefault(tuple(context), []).append((number, continuation))
+    return list(rows.items())
 
 
-def _batches(rows: list[_Row], most: int) -> Iterator[list[_Row]]:
+def _length(row: Row) -> int:
+    context, asked = row
+    return len(context) + sum(len(ids) - 1 for _, ids in asked)
+
+
+def _batches(rows: list[Row], most: int) -> Iterator[list[Row]]:
     """Rows of like length together, ``most`` tokens, the longest first: no memory shows at once."""
-    batch: list[_Row] = []
-    for row in sorted(rows, key=len, reverse=True):
-        if batch and len(batch[0]) * (len(batch) + 1) > most:
+    batch: list[Row] = []
+    for row in sorted(rows, key=_length, reverse=True):
+        if batch and _length(batch[0]) * (len(batch) + 1) > most:
             yield batch
             batch = []
         batch.append(row)
@@ -134,18 +127,16 @@ class _Branches(CacheView):
         pass
 
 
-def _read(model: GPT, rows: list[_Row], found: Likelihoods) -> None:
+def _read(model: GPT, rows: list[Row], found: Likelihoods) -> None:
     """Score the continuations of one batch of rows into ``found``."""
-    shape = len(rows), max(map(len, rows))
+    shape = len(rows), max(map(_length, rows))
     ids, positions = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     branches = np.full(shape, -1)  # padding: a branch that nobody reads
     states, targets, numbers = [], [], []  # for each scored token: what predicts it, itself, whose
-    for at, row in enumerate(rows):
-        end = length = len(row.context)
-        ids[at, :end], positions[at, :end], branches[at, :end] = row.context, range(end), 0
-        for branch, (number, tokens) in enumerate(
-            zip(row.numbers, row.continuations, strict=True), 1
-        ):
+    for at, (context, asked) in enumerate(rows):
+        end = length = len(context)
+        ids[at, :end], positions[at, :end], branches[at, :end] = context, range(end), 0
+        for branch, (number, tokens) in enumerate(asked, 1):
             start, end = end, end + len(tokens) - 1  # the last token predicts nothing
             ids[at, start:end] = tokens[:-1]
             positions[at, start:end] = range(length, length + end - start)

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
@@ -32,9 +32,8 @@ from octavo.evaluating.continuations import (
     refuse_classifier,
 )
 from octavo.model.gpt import GPT
-from octavo.model_config import ModelConfig
 from octavo.text.download import fetch
-from octavo.text.files import Record, counted, decode, read_bytes, records
+from octavo.text.files import Record, counted, read_bytes, records
 from octavo.text.tokenizer import Tokenizer
 
 ProtocolName = Literal["completion", "harness"]
@@ -43,25 +42,6 @@ URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_
 SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 OTHERWISE = "get that file where there is a network, and name it: --hellaswag FILE"
 ENDINGS, CHANCE = 4, 0.25
-
-
-class Judged(Protocol):
-    """Anything shaped like a LanguageModel."""
-
-    @property
-    def model(self) -> GPT:
-        """The PyTorch module."""
-        ...
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """What it reads."""
-        ...
-
-    @property
-    def config(self) -> ModelConfig:
-        """Its shape."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -76,11 +56,6 @@ class Item:
     ctx_a: str | None = None
     ctx_b: str | None = None
 
-    @property
-    def is_split(self) -> bool:
-        """Whether it has both parts of its context."""
-        return self.ctx_a is not None and self.ctx_b is not None
-
 
 def read_items(source: Path | str = DOWNLOAD, limit: int = 0) -> list[Item]:
     """The items of a HellaSwag .jsonl file, also gzipped, or of the official one: "download".
@@ -88,12 +63,9 @@ def read_items(source: Path | str = DOWNLOAD, limit: int = 0) -> list[Item]:
     ``limit`` takes so many from the first; 0: all. Raises `DataError` with file and line for one
     that is broken and `ResourceError` where the download cannot be had.
     """
-    if str(source) == DOWNLOAD:
-        data = fetch("hellaswag_val.jsonl", URL, SHA256, OTHERWISE)
-    else:
-        data = _read(Path(source))
-    path = Path(source)
-    items = [_item(record) for record in records(decode(data, path), path)]
+    path, official = Path(source), str(source) == DOWNLOAD
+    data = fetch("hellaswag_val.jsonl", URL, SHA256, OTHERWISE) if official else _read(path)
+    items = [_item(record) for record in records(data, path)]
     if not items:
         raise DataError("there is no item", f"in {path}", "name a HellaSwag .jsonl file")
     return items[: limit or None]
@@ -114,9 +86,8 @@ class HellaSwag:
             try:
                 requests, endings = render(item, tokenizer)
             except DataError as error:
-                raise DataError(
-                    error.what, f"in HellaSwag's item {number + 1}", error.fix
-                ) from None
+                where = f"in HellaSwag's item {number + 1}"
+                raise DataError(error.what, where, error.fix) from None
             self.requests += requests
             self.characters[number] = [len(ending) for ending in endings]
 
@@ -126,16 +97,15 @@ class HellaSwag:
         found = continuation_likelihoods(model, self.requests, watch)
         tokens = np.array([len(ending) for _, ending in self.requests]).reshape(-1, ENDINGS)
         block_size = model.config.block_size
-        read = np.minimum(tokens, block_size)
+        whole = sum(None in (item.ctx_a, item.ctx_b) for item in self.items)
+        plain = self.protocol == "completion"
         return HellaSwagScore(
             protocol=self.protocol,
             labels=np.array([item.label for item in self.items]),
             logprobs=found.logprobs.reshape(-1, ENDINGS),
-            lengths=read if self.protocol == "completion" else self.characters,
+            lengths=np.minimum(tokens, block_size) if plain else self.characters,
             cut_endings=int((tokens > block_size).sum()),
-            whole_contexts=sum(not item.is_split for item in self.items)
-            if self.protocol == "harness"
-            else 0,
+            whole_contexts=0 if plain else whole,
         )
 
 
@@ -210,22 +180,12 @@ class HellaSwagScore:
         return said
 
     def line(self) -> str:
-        """All in one line."""
+        """All in one line, for people."""
         return (
-            f"HellaSwag acc_norm {self.acc_norm:.4f} ± {self.stderr:.4f}, acc {self.acc:.4f} "
+            f"HellaSwag acc_norm {self.acc_norm:.4f} ± {self.stderr:.4f} (chance {CHANCE}, "
+            f"{self.z:+.1f} standard errors from it), acc {self.acc:.4f} ± {self.acc_stderr:.4f} "
             f"({self.protocol}, {counted(self.n, 'item')})"
         )
-
-    def summary(self) -> dict[str, Any]:
-        """For people."""
-        return {
-            "protocol": self.protocol,
-            "items": self.n,
-            "acc": f"{self.acc:.4f} ± {self.acc_stderr:.4f}",
-            "acc_norm": f"{self.acc_norm:.4f} ± {self.stderr:.4f} "
-            f"(chance {CHANCE}, {self.z:+.1f} standard errors from it)",
-            "remarks": self.remarks,
-        }
 
     def to_dict(self) -> dict[str, Any]:
         """For programs; ``stderr`` and ``choices`` are those of ``acc_norm``."""
@@ -233,9 +193,9 @@ class HellaSwagScore:
             "protocol": self.protocol,
             "n": self.n,
             "acc": self.acc,
-            "acc_stderr": _json(self.acc_stderr),
+            "acc_stderr": self.acc_stderr if self.n > 1 else None,
             "acc_norm": self.acc_norm,
-            "stderr": _json(self.stderr),
+            "stderr": self.stderr if self.n > 1 else None,
             "z": self.z,
             "cut_endings": self.cut_endings,
             "whole_contexts": self.whole_contexts,
@@ -247,16 +207,6 @@ class HellaSwagScore:
     def _stderr(self, share: float) -> float:
         """Of a mean of so many zeros and ones; one item alone says nothing of its error."""
         return math.sqrt(share * (1 - share) / (self.n - 1)) if self.n > 1 else math.nan
-
-
-def score_hellaswag(
-    lm: Judged,
-    items: Sequence[Item],
-    protocol: ProtocolName = "completion",
-    watch: Watch | None = None,
-) -> HellaSwagScore:
-    """Judge ``lm`` by ``items``."""
-    return HellaSwag(items, lm.tokenizer, protocol).score(lm.model, watch)
 
 
 def clean(text: str) -> str:
@@ -317,7 +267,3 @@ def _item(record: Record) -> Item:
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
-
-
-def _json(number: float) -> float | None:
-    return number if math.isfinite(number) else None

@@ -5,14 +5,13 @@ further does no worse for it. RoPE is also stretched, without any training, in t
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from octavo.errors import DataError
+from octavo.evaluating.perplexity import score_windows
 from octavo.model.gpt import GPT
 from octavo.model.layers import rope_table
 from octavo.model_config import RopeScaling
@@ -65,15 +64,16 @@ def measure_lengths(
     ends = np.unique(np.linspace(int(reached[-1] * trained), len(tokens) - 1, windows, dtype=int))
     ways = (PLAIN, *STRETCHED) if config.uses_rope and not config.rope_scaling else (PLAIN,)
     passes = [(way, f) for way in ways for f in reached if way == PLAIN or f > 1]
-    perplexity: dict[str, dict[int, float]] = {way: {} for way in ways if way == PLAIN or passes}
+    perplexity: dict[str, dict[int, float]] = {}
     for done, (way, factor) in enumerate(passes):
         watch(done, len(passes))
         length = int(factor * trained)
-        nats = _score(_stretched(model, way, factor), tokens, ends, length, scored)
-        perplexity[way][length] = math.exp(min(nats / (len(ends) * scored), 700.0))
+        window = np.asarray(tokens[ends[:, None] + np.arange(-length, 1)], dtype=np.int64)
+        x, y = window[:, :-1], np.where(np.arange(length) < length - scored, -100, window[:, 1:])
+        score = score_windows(_stretched(model, way, factor), x, y)
+        perplexity.setdefault(way, {})[length] = score.perplexity
     watch(len(passes), len(passes))
-    given = {way: values for way, values in perplexity.items() if values}
-    return Lengths(trained, len(ends) * scored, given, remarks)
+    return Lengths(trained, len(ends) * scored, perplexity, remarks)
 
 
 def _stretched(model: GPT, way: str, factor: float) -> GPT:
@@ -92,21 +92,4 @@ def _stretched(model: GPT, way: str, factor: float) -> GPT:
     copy.load_state_dict(model.state_dict(), assign=True)
     positions = torch.arange(length, device=model.tok_emb.weight.device)
     copy.rope_cos, copy.rope_sin = rope_table(config, positions)
-    return copy.eval()
-
-
-@torch.inference_mode()
-def _score(
-    model: GPT, tokens: np.ndarray | Tokens, ends: np.ndarray, length: int, scored: int
-) -> float:
-    """Summed nats of the ``scored`` tokens up to each end, after ``length`` tokens in all."""
-    device = model.tok_emb.weight.device
-    rows = max(1, 16_384 // length)
-    nats = 0.0
-    for first in range(0, len(ends), rows):
-        positions = ends[first : first + rows, None] + np.arange(-length, 1)
-        window = torch.from_numpy(np.asarray(tokens[positions], dtype=np.int64)).to(device)
-        states = model.hidden(window[:, :-1])[:, -scored:]
-        logits = model.lm_head(states).float().flatten(0, 1)
-        nats += F.cross_entropy(logits, window[:, -scored:].flatten(), reduction="sum").item()
-    return nats
+    return copy

@@ -5,25 +5,22 @@ answers, under the names a `Family` asks for, as the class's own configuration w
 file points to is never fetched and never run.
 """
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from octavo.errors import CheckpointError, ConfigError
-from octavo.exchanging.families import COMMON, Family, find_family
+from octavo.exchanging.families import Family, find_family
+from octavo.manifest import read_json
 from octavo.model_config import ModelConfig
 
-# What each class assumes where its file is silent. Sizes have no default here: a file without them
-# would be a guess.
+# What each class assumes where its file is silent, where that is not what `Family.required` wants.
+# Sizes have no default here: a file without them would be a guess.
 GPT2 = {
     "n_inner": None,
     "activation_function": "gelu_new",
     "resid_pdrop": 0.1,
     "layer_norm_epsilon": 1e-5,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False,
     "tie_word_embeddings": True,
 }
 LLAMA = {
@@ -38,11 +35,7 @@ LLAMA = {
 }
 DEFAULTS: dict[str, dict[str, Any]] = {
     "GPT2LMHeadModel": GPT2,
-    "GPTBigCodeForCausalLM": {
-        **GPT2,
-        "activation_function": "gelu_pytorch_tanh",
-        "multi_query": True,
-    },
+    "GPTBigCodeForCausalLM": {**GPT2, "activation_function": "gelu_pytorch_tanh"},
     "GPTNeoXForCausalLM": {
         "hidden_act": "gelu",
         "hidden_dropout": 0.0,
@@ -52,20 +45,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
     "LlamaForCausalLM": LLAMA,
-    "Qwen3ForCausalLM": {
-        **LLAMA,
-        "num_key_value_heads": 32,
-        "head_dim": 128,
-        "use_sliding_window": False,
-    },
+    "Qwen3ForCausalLM": {**LLAMA, "num_key_value_heads": 32, "head_dim": 128},
     "StableLmForCausalLM": {
         "num_key_value_heads": 32,
         "hidden_act": "silu",
         "hidden_dropout": 0.0,
         "layer_norm_eps": 1e-5,
-        "use_parallel_residual": False,
-        "qk_layernorm": False,
-        "use_qkv_bias": False,
         "partial_rotary_factor": 0.25,
         "tie_word_embeddings": False,
     },
@@ -74,7 +59,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "hidden_act": "gelu_pytorch_tanh",
         "residual_dropout": 0.0,
         "norm_epsilon": 1e-5,
-        "sliding_window": None,
         "use_bias": True,
         "tie_word_embeddings": True,
     },
@@ -96,15 +80,10 @@ def read_config(directory: Path) -> tuple[Family, SimpleNamespace]:
     Raises `ConfigError` where there is none or its architecture is unknown, which names the
     nearest, and `CheckpointError` where it is damaged.
     """
-    try:
-        given = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except OSError:
-        raise ConfigError(
-            f"{directory} is not a Hugging Face directory", "no config.json"
-        ) from None
-    except (ValueError, RecursionError):
-        raise CheckpointError("config.json is not JSON", f"in {directory}") from None
-    architectures = given.get("architectures") if isinstance(given, dict) else None
+    if not (directory / "config.json").is_file():
+        raise ConfigError(f"{directory} is not a Hugging Face directory", "no config.json")
+    given = read_json(directory / "config.json")
+    architectures = given.get("architectures")
     if not isinstance(architectures, list) or not architectures:
         raise ConfigError("config.json names no architecture", f"in {directory}")
     if given.get("quantization_config") is not None:
@@ -114,7 +93,7 @@ def read_config(directory: Path) -> tuple[Family, SimpleNamespace]:
             "import the model it was made from",
         )
     family = find_family(str(architectures[0]))
-    options = DEFAULTS[family.name] | given
+    options = family.required | DEFAULTS[family.name] | given
     options |= {ours: options[own] for own, ours in SYNONYMS.items() if own in options}
     options["rope_parameters"] = _rope_parameters(options)
     return family, SimpleNamespace(**options)
@@ -122,12 +101,12 @@ def read_config(directory: Path) -> tuple[Family, SimpleNamespace]:
 
 def to_config(family: Family, theirs: SimpleNamespace, directory: Path) -> ModelConfig:
     """Our configuration; `CheckpointError` for a missing option or one of another type."""
-    for option in (COMMON | family.fields).values():
-        if not hasattr(theirs, option):
-            raise CheckpointError(f"config.json does not give {option}", f"in {directory}")
     try:
         return family.config(theirs)
-    except (AttributeError, LookupError, TypeError) as error:
+    except AttributeError as error:
+        missing = f"config.json does not give {error.name}"
+        raise CheckpointError(missing, f"in {directory}") from None
+    except (LookupError, TypeError) as error:
         raise CheckpointError(
             f"config.json does not describe a {family.name} ({type(error).__name__}: {error})",
             f"in {directory}",

@@ -6,14 +6,14 @@ transformers itself is not needed here: configurations are attributes, weights a
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from octavo.errors import CheckpointError, ConfigError
-from octavo.model.layers import ntk_theta
+from octavo.errors import ConfigError
+from octavo.model.rope import ntk_theta
 from octavo.model_config import ModelConfig, RopeScaling
 from octavo.settings import nearest
 
@@ -71,11 +71,11 @@ class Family:
     """The nonlinearities it can have, ours to theirs."""
     dropouts: tuple[str, ...]
     """Its dropout options; the first speaks for all."""
-    kv_heads: Literal["all", "one", "any"]
+    kv_heads: Literal["all", "one", "any"] = "all"
     """Key/value heads: as many as query heads, a single one, or any number."""
-    biases: Literal["always", "never"] | tuple[str, ...]
+    biases: Literal["always", "never"] | tuple[str, ...] = "always"
     """Whether linear layers have biases, or the options that say so."""
-    required: dict[str, Any]
+    required: dict[str, Any] = field(default_factory=dict)
     """Options that must have these values for the mathematics to be ours."""
     outer: dict[str, str]
     """Our modules outside the blocks under its names."""
@@ -146,35 +146,25 @@ class Family:
     def to_theirs(self, config: ModelConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Our weights under their names, in their layout."""
         result = {}
-        for ours, theirs in self._modules(config.n_layer):
-            for kind in ("weight", "bias"):
-                if f"{ours[0]}.{kind}" in weights:
-                    parts = [weights[f"{name}.{kind}"] for name in ours]
-                    groups = self._groups(config, ours)
-                    whole = torch.cat([p.unflatten(0, (groups, -1)) for p in parts], dim=1)
-                    result[f"{theirs}.{kind}"] = self._turned(ours, whole.flatten(0, 1))
+        for ours, theirs, groups in self._weights(config):
+            if ours[0] in weights:
+                parts = [weights[name].unflatten(0, (groups, -1)) for name in ours]
+                result[theirs] = self._turned(ours, torch.cat(parts, dim=1).flatten(0, 1))
         return result
 
     def to_ours(self, config: ModelConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Their weights under our names, in our layout; `CheckpointError` names what is left."""
-        rest, result = dict(weights), {}
+        """Their weights under our names, in our layout; what has no place here is left out."""
+        result = {}
         rows = [n * config.head_dim for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
-        for ours, theirs in self._modules(config.n_layer):
-            for kind in ("weight", "bias"):
-                if (whole := rest.pop(f"{theirs}.{kind}", None)) is not None:
-                    whole = self._turned(ours, whole)
-                    groups = self._groups(config, ours)
-                    sizes = [n // groups for n in rows] if len(ours) > 1 else [whole.size(0)]
-                    parts = whole.unflatten(0, (groups, -1)).split(sizes, dim=1)
-                    for name, part in zip(ours, parts, strict=True):
-                        result[f"{name}.{kind}"] = part.flatten(0, 1)
-        if rest:
-            raise CheckpointError(
-                f"{next(iter(rest))} has no place in our model", f"{len(rest)} such tensors"
-            )
+        for ours, theirs, groups in self._weights(config):
+            if theirs in weights:
+                whole = self._turned(ours, weights[theirs])
+                sizes = [n // groups for n in rows] if len(ours) > 1 else [whole.size(0)]
+                parts = whole.unflatten(0, (groups, -1)).split(sizes, dim=1)
+                result |= {name: part.flatten(0, 1) for name, part in zip(ours, parts, strict=True)}
         return result
 
-    def _modules(self, n_layer: int) -> Iterator[tuple[tuple[str, ...], str]]:
+    def modules(self, n_layer: int) -> Iterator[tuple[tuple[str, ...], str]]:
         """Our module names, several where theirs is fused, with their module's name."""
         for ours, theirs in self.outer.items():
             yield (ours,), theirs
@@ -186,10 +176,14 @@ class Family:
                     f"{self.layers}.{layer}.{theirs}",
                 )
 
-    def _groups(self, config: ModelConfig, ours: tuple[str, ...]) -> int:
-        return config.n_head if len(ours) > 1 and self.qkv_by_head else 1
+    def _weights(self, config: ModelConfig) -> Iterator[tuple[list[str], str, int]]:
+        """Weights as `modules`, and of how many groups, each of q, k and v, a fused one is."""
+        for ours, theirs in self.modules(config.n_layer):
+            groups = config.n_head if len(ours) > 1 and self.qkv_by_head else 1
+            for kind in ("weight", "bias"):
+                yield [f"{name}.{kind}" for name in ours], f"{theirs}.{kind}", groups
 
-    def _turned(self, ours: tuple[str, ...], weight: Tensor) -> Tensor:
+    def _turned(self, ours: list[str], weight: Tensor) -> Tensor:
         inside = ours[0].startswith("blocks.")
         return weight.T if self.transposed and inside and weight.dim() == 2 else weight
 
@@ -203,10 +197,8 @@ class Family:
             return {"rope_theta": theta}
         if kind not in ROPE_TYPES:
             raise self.refusal("rope_type", kind)
-        scaling = {}
-        for ours, theirs in ROPE_TYPES[kind].items():
-            if (value := given.pop(theirs, None)) is not None:
-                scaling[ours] = value
+        known = {ours: given.pop(theirs, None) for ours, theirs in ROPE_TYPES[kind].items()}
+        scaling = {name: value for name, value in known.items() if value is not None}
         for option, value in given.items():
             if value is not None and (option, value) != ("truncate", True):
                 raise self.refusal(f"rope_parameters.{option}", value)
@@ -227,8 +219,7 @@ def rope_parameters(config: ModelConfig) -> dict[str, Any]:
         return {**plain, "rope_theta": theta}
     full = replace(scaling, original_block_size=scaling.original_block_size or config.block_size)
     numbers = {theirs: vars(full)[ours] for ours, theirs in ROPE_TYPES[scaling.type].items()}
-    if not scaling.attention_factor:
-        numbers.pop("attention_factor", None)
+    numbers = {theirs: value for theirs, value in numbers.items() if value}  # 0 is left to them
     if scaling.type == "linear":
         del numbers["original_max_position_embeddings"]
     return {**plain, "rope_type": scaling.type, **numbers}
@@ -241,8 +232,6 @@ GPT2 = Family(
     activation="activation_function",
     activations=PLAIN,
     dropouts=("resid_pdrop", "embd_pdrop", "attn_pdrop"),
-    kv_heads="all",
-    biases="always",
     required={
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,
@@ -279,8 +268,6 @@ NEOX = Family(
     activation="hidden_act",
     activations=PLAIN,
     dropouts=("hidden_dropout", "attention_dropout"),
-    kv_heads="all",
-    biases="always",
     required={"use_parallel_residual": False},
     outer={
         "tok_emb": "gpt_neox.embed_in",
@@ -312,7 +299,6 @@ LLAMA = Family(
     dropouts=("attention_dropout",),
     kv_heads="any",
     biases=("attention_bias", "mlp_bias"),
-    required={},
     outer={"tok_emb": "model.embed_tokens", "norm_f": "model.norm", "lm_head": "lm_head"},
     layers="model.layers",
     inner={

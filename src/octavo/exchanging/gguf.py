@@ -8,22 +8,24 @@ file appear. Needs the extra ``hf``, imported on use.
 import math
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from octavo import disk
-from octavo.errors import ConfigError, MissingExtraError
-from octavo.exchanging.families import QKV, Family, choose_family
+from octavo.adapting.surgery import refuse_wrapped
+from octavo.errors import ConfigError
+from octavo.exchanging.families import Family, choose_family
 from octavo.exchanging.gguf_vocabulary import Vocabulary, make_vocabulary
-from octavo.exchanging.parity import random_rows
+from octavo.exchanging.libraries import library
 from octavo.model.gpt import GPT
-from octavo.model.layers import ntk_theta, rope_frequencies
+from octavo.model.rope import ntk_theta, rope_frequencies
 from octavo.model_config import ModelConfig
 from octavo.text.tokenizer import Tokenizer
 
@@ -34,85 +36,48 @@ STATES_A_WIDTH = 64  # hidden states for each of their dimensions, to fit an out
 FAR_BELOW = 10.0  # the likeliest logit: a probability below e^-10
 YARN_BETAS = (32.0, 1.0)  # llama.cpp has no others for these architectures
 
-
-class Exportable(Protocol):
-    """A `LanguageModel`, or anything of its shape."""
-
-    @property
-    def config(self) -> ModelConfig:
-        """The model's."""
-        ...
-
-    @property
-    def model(self) -> GPT:
-        """The module."""
-        ...
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """What its ids mean."""
-        ...
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """One of llama.cpp's, where it differs from the class of transformers it belongs to."""
-
-    name: str
-    fused: bool = False
-    """q, k and v are one matrix, one after the other."""
-    interleaved: bool = False
-    """RoPE turns neighbours (x_2i, x_2i+1), not halves (x_i, x_i+E/2)."""
-    biases: bool = False
-    """Linear layers must have biases."""
-    own_head: bool = False
-    """The head must be there, be it the embedding over again."""
-    in_transformers: bool = True
-    """transformers reads the architecture's files, too."""
-
-
+# llama.cpp's architecture for each class of transformers.
 ARCHITECTURES = {
-    "GPT2LMHeadModel": Architecture("gpt2", fused=True, biases=True),
-    "GPTBigCodeForCausalLM": Architecture(
-        "starcoder", fused=True, biases=True, in_transformers=False
-    ),
-    "GPTNeoXForCausalLM": Architecture(
-        "gptneox", fused=True, biases=True, own_head=True, in_transformers=False
-    ),
-    "Starcoder2ForCausalLM": Architecture("starcoder2", biases=True),
-    "StableLmForCausalLM": Architecture("stablelm", own_head=True),
-    "LlamaForCausalLM": Architecture("llama", interleaved=True),
-    "Qwen3ForCausalLM": Architecture("qwen3"),
+    "GPT2LMHeadModel": "gpt2",
+    "GPTBigCodeForCausalLM": "starcoder",
+    "GPTNeoXForCausalLM": "gptneox",
+    "Starcoder2ForCausalLM": "starcoder2",
+    "StableLmForCausalLM": "stablelm",
+    "LlamaForCausalLM": "llama",
+    "Qwen3ForCausalLM": "qwen3",
 }
-MODULES = {
-    "tok_emb": "token_embd",
-    "pos_emb": "position_embd",
-    "norm_f": "output_norm",
-    "lm_head": "output",
-    "attn_norm": "attn_norm",
-    "attn.q_proj": "attn_q",
-    "attn.k_proj": "attn_k",
-    "attn.v_proj": "attn_v",
-    "attn.o_proj": "attn_output",
-    "attn.q_norm": "attn_q_norm",
-    "attn.k_norm": "attn_k_norm",
-    "mlp_norm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
+BIASED = ("gpt2", "starcoder", "gptneox", "starcoder2")  # linear layers must have biases
+OWN_HEAD = ("gptneox", "stablelm")  # the head must be there, be it the embedding over again
+INTERLEAVED = "llama"  # RoPE turns neighbours (x_2i, x_2i+1), not halves (x_i, x_i+E/2)
+TURNED = re.compile(r"attn\.[qk]_proj\.")  # what RoPE turns
+
+# Our settings under its names, and what it calls our norms.
+SETTINGS = {
+    "vocab_size": "vocab_size",
+    "block_size": "context_length",
+    "n_layer": "block_count",
+    "d_model": "embedding_length",
+    "d_ff": "feed_forward_length",
+    "n_head": "attention.head_count",
+    "n_kv_head": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
 }
+NORMS = {"rmsnorm": "layer_norm_rms", "layernorm": "layer_norm"}
+# Weights by our name and by llama.cpp's.
+POSITIONS = ("pos_emb.weight", "position_embd.weight")
+EMBEDDINGS = ("tok_emb.weight", "lm_head.weight", "token_embd.weight", "output.weight")
 
 
 def export_gguf(
-    lm: Exportable,
+    model: GPT,
+    tokenizer: Tokenizer,
     path: Path | str,
+    rows: np.ndarray,
+    text: str,
     kind: Kind = "F16",
-    *,
-    rows: np.ndarray | None = None,
-    text: str = "random ids",
     architecture: str | None = None,
 ) -> dict[str, Any]:
-    """Write ``lm`` into the file ``path`` and return what is to be said about it.
+    """Write ``model`` into the file ``path`` and return what is to be said about it.
 
     It is compared on ``rows`` (N, T + 1) of ids, which ``text`` describes. The class of
     transformers that ``architecture`` names, or the first that holds the model, decides between
@@ -121,75 +86,69 @@ def export_gguf(
     """
     from octavo.exchanging.gguf_check import check
 
-    if not isinstance(lm.model, GPT):
-        raise ConfigError("a classifier writes no text", fix="export its base")
-    family = choose_family(lm.config, architecture)
+    refuse_wrapped(model)
+    config = model.config
+    family = choose_family(config, architecture)
     arch = ARCHITECTURES[family.name]
-    refuse_unknown(lm.config, arch)
-    vocabulary = make_vocabulary(lm.tokenizer)
-    if rows is None:
-        rows = random_rows(lm.tokenizer.vocab_size, lm.config.block_size, lm.tokenizer)
-    stock = stock_model(lm.model, arch, vocabulary)
+    refuse_unknown(config, arch)
+    vocabulary = make_vocabulary(tokenizer)
+    stock = stock_model(model, arch, vocabulary)
     path = Path(os.path.realpath(path))
     with disk.errors(f"write {path}"), disk.scratch(path.parent, "gguf") as temp:
-        tensors = {n: pack(n, t.numpy(), kind) for n, t in named_tensors(stock, arch)}
+        tensors = {n: pack(n, t.numpy(), kind) for n, t in named_tensors(stock, family).items()}
         write(temp / path.name, stock.config, family, vocabulary, tensors, kind)
         disk.sync(temp / path.name)
-        parity = check(temp / path.name, lm, stock, family, vocabulary, rows, kind)
+        parity = check(temp / path.name, model, tokenizer, stock, family, rows, kind)
         os.replace(temp / path.name, path)
         disk.sync(path.parent)
-    types = [name for name, _ in tensors.values()]
+    types = Counter(stored for stored, _ in tensors.values())
     return {
         "file_bytes": path.stat().st_size,
-        "architecture": arch.name,
-        "tensors": {name: types.count(name) for name in sorted(set(types))},
+        "architecture": arch,
+        "tensors": dict(sorted(types.items())),
         "compared_on": text,
         **parity,
-        "remarks": _remarks(lm.config, stock.config, vocabulary, tensors, kind),
+        "remarks": _remarks(config, vocabulary, types["F16"] if kind != "F16" else 0),
     }
 
 
-def refuse_unknown(config: ModelConfig, arch: Architecture) -> None:
+def refuse_unknown(config: ModelConfig, arch: str) -> None:
     """Raise `ConfigError` for mathematics that llama.cpp's architecture does not have."""
     scaling = config.rope_scaling
     kind = scaling.type if scaling else "none"
     unknown = ""
     if config.mlp not in ("swiglu", "gelu_tanh", "gelu"):
         unknown = f"mlp={config.mlp}"
-    elif kind == "llama3" and arch.name != "llama":
+    elif kind == "llama3" and arch != "llama":
         unknown = "rope_scaling.type=llama3"
     elif scaling and kind == "yarn" and (scaling.beta_fast, scaling.beta_slow) != YARN_BETAS:
         unknown = f"rope_scaling.beta_fast={scaling.beta_fast}, beta_slow={scaling.beta_slow}"
     if unknown:
         raise ConfigError(
-            f"llama.cpp's architecture {arch.name} does not have {unknown}", fix="export --to hf"
+            f"llama.cpp's architecture {arch} does not have {unknown}", fix="export --to hf"
         )
 
 
-def stock_model(model: GPT, arch: Architecture, vocabulary: Vocabulary) -> GPT:
+def stock_model(model: GPT, arch: str, vocabulary: Vocabulary) -> GPT:
     """``model`` in the architecture's shape, in fp32 on the CPU, in evaluation mode.
 
     Biases it must have and ours lacks are zeros. Padded ids, which llama.cpp would write, are left
-    out. GELU is of the tanh form, which is the one that llama.cpp computes. Raises `ConfigError`
-    where modules are not a plain model's.
+    out. GELU is of the tanh form, which is the one that llama.cpp computes.
     """
     config = model.config
     stock = GPT(
         replace(
             config,
             vocab_size=len(vocabulary.tokens),
-            bias=config.bias or arch.biases,
+            bias=config.bias or arch in BIASED,
             norm_bias=config.norm == "layernorm",
-            tie_embeddings=config.tie_embeddings and not (arch.own_head or vocabulary.end_is_new),
+            tie_embeddings=config.tie_embeddings
+            and not (arch in OWN_HEAD or vocabulary.end_is_new),
             mlp="gelu_tanh" if config.mlp == "gelu" else config.mlp,
         )
     )
-    given, ours = model.state_dict(), stock.state_dict()
-    if foreign := given.keys() - ours.keys():
-        raise ConfigError(
-            f"{min(foreign)} is not a weight of a plain model", fix="merge its adapters first"
-        )
-    for name, value in ours.items():
+    given = model.state_dict()
+    for name, value in stock.state_dict().items():
         value.zero_()
         if name in given:
             n_rows = min(len(value), len(given[name]))
@@ -222,31 +181,34 @@ def _add_end(model: GPT, stock: GPT) -> None:
     head.data[-1] = fitted.float() if fits else head[:-1].mean(dim=0)
 
 
-def named_tensors(stock: GPT, arch: Architecture) -> Iterator[tuple[str, Tensor]]:
+def named_tensors(stock: GPT, family: Family) -> dict[str, Tensor]:
     """The weights under llama.cpp's names, in its layout."""
     config, weights = stock.config, stock.state_dict()
     if config.tie_embeddings:
         del weights["lm_head.weight"]
-    for name, value in weights.items():
-        if arch.interleaved and re.search(r"attn\.[qk]_proj", name):
-            value = _neighbours(value, config.head_dim)
-        if not arch.fused or not re.search(r"attn\.[qkv]_proj", name):
-            yield gguf_name(name), value
-        elif "q_proj" in name:
-            names = [name.replace("attn.q_proj", module) for module in QKV]
-            fused = torch.cat([weights[part] for part in names])
-            yield gguf_name(name).replace("attn_q", "attn_qkv"), fused
+    if ARCHITECTURES[family.name] == INTERLEAVED:
+        for name in filter(TURNED.search, weights):
+            weights[name] = _neighbours(weights[name], config.head_dim)
+    rename = namer(family, config.n_layer)
+    theirs = plain_layout(family).to_theirs(config, weights)
+    tensors = {rename(name): value for name, value in theirs.items()}
     if config.rope_scaling and config.rope_scaling.type == "llama3":
         plain, _ = rope_frequencies(replace(config, rope_scaling=None))
-        yield "rope_freqs.weight", plain / rope_frequencies(config)[0]
+        tensors["rope_freqs.weight"] = torch.from_numpy(plain / rope_frequencies(config)[0])
+    return tensors
 
 
-def gguf_name(name: str) -> str:
-    """Our name of a weight as llama.cpp's: ``blocks.0.attn.q_proj.bias``, ``blk.0.attn_q.bias``."""
-    parts = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)\.(weight|bias)", name)
-    assert parts is not None, name
-    layer, module, kind = parts.groups()
-    return f"blk.{layer}." * (layer is not None) + f"{MODULES[module]}.{kind}"
+def plain_layout(family: Family) -> Family:
+    """``family`` with its names, but matrices as llama.cpp has all of them: (out, in), q, k, v."""
+    return replace(family, transposed=False, qkv_by_head=False)
+
+
+def namer(family: Family, n_layer: int) -> Callable[[str], str]:
+    """What gives llama.cpp's name of a weight for the one it has in transformers."""
+    gguf = library("gguf", "GGUF")
+    arch = gguf.MODEL_ARCH[ARCHITECTURES[family.name].upper()]
+    names = gguf.get_tensor_name_map(arch, n_layer)
+    return lambda name: names.get_name(name, (".weight", ".bias"))
 
 
 def _neighbours(rows: Tensor, head_dim: int) -> Tensor:
@@ -257,18 +219,18 @@ def _neighbours(rows: Tensor, head_dim: int) -> Tensor:
 
 def storage(name: str, shape: tuple[int, ...], kind: Kind) -> Kind:
     """The type a tensor is stored in: vectors and positions stay exact, odd widths become F16."""
-    if len(shape) == 1 or name == "position_embd.weight":
+    if len(shape) == 1 or name in POSITIONS:
         return "F32"
     if kind in ("Q8_0", "Q4_0") and shape[-1] % BLOCK:
         return "F16"
-    if kind == "Q4_0" and name in ("token_embd.weight", "output.weight"):
+    if kind == "Q4_0" and name in EMBEDDINGS:
         return "Q8_0"  # where four bits would cost most
     return kind
 
 
 def pack(name: str, values: np.ndarray, kind: Kind) -> tuple[Kind, np.ndarray]:
     """A tensor's type in the file, and its bytes there."""
-    gguf = import_gguf()
+    gguf = library("gguf", "GGUF")
     kind = storage(name, values.shape, kind)
     packed = gguf.quants.quantize(
         np.ascontiguousarray(values, np.float32), gguf.GGMLQuantizationType[kind]
@@ -285,8 +247,8 @@ def write(
     kind: Kind,
 ) -> None:
     """Write the file."""
-    gguf = import_gguf()
-    writer = gguf.GGUFWriter(path, ARCHITECTURES[family.name].name)
+    gguf = library("gguf", "GGUF")
+    writer = gguf.GGUFWriter(path, ARCHITECTURES[family.name])
     writer.add_type("model")
     writer.add_name(path.stem)
     writer.add_file_type(FILE_TYPES[kind])
@@ -312,19 +274,11 @@ def write(
 
 def _describe(writer: Any, config: ModelConfig, family: Family) -> None:
     """The model's settings under llama.cpp's names."""
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.block_size)
-    writer.add_block_count(config.n_layer)
-    writer.add_embedding_length(config.d_model)
-    writer.add_feed_forward_length(config.d_ff)
-    writer.add_head_count(config.n_head)
-    writer.add_head_count_kv(config.n_kv_head)
-    writer.add_key_length(config.head_dim)
+    arch = ARCHITECTURES[family.name]
+    for ours, theirs in SETTINGS.items():
+        writer.add_uint32(f"{arch}.{theirs}", getattr(config, ours))
     writer.add_value_length(config.head_dim)
-    if config.norm == "rmsnorm":
-        writer.add_layer_norm_rms_eps(config.norm_eps)
-    else:
-        writer.add_layer_norm_eps(config.norm_eps)
+    writer.add_float32(f"{arch}.attention.{NORMS[config.norm]}_epsilon", config.norm_eps)
     if "use_parallel_residual" in family.required:
         writer.add_parallel_residual(False)
     if config.uses_rope:
@@ -338,7 +292,7 @@ def _describe_rope(writer: Any, config: ModelConfig) -> None:
         theta = ntk_theta(theta, scaling.factor, config.head_dim)
     writer.add_rope_freq_base(theta)
     if scaling and scaling.type in ("linear", "yarn"):
-        writer.add_rope_scaling_type(import_gguf().RopeScalingType(scaling.type))
+        writer.add_rope_scaling_type(library("gguf", "GGUF").RopeScalingType(scaling.type))
         writer.add_rope_scaling_factor(scaling.factor)
     if scaling and scaling.type == "yarn":
         writer.add_rope_scaling_orig_ctx_len(scaling.original_block_size or config.block_size)
@@ -346,32 +300,15 @@ def _describe_rope(writer: Any, config: ModelConfig) -> None:
         writer.add_rope_scaling_attn_factors(given / usual)
 
 
-def _remarks(
-    config: ModelConfig,
-    stock: ModelConfig,
-    vocabulary: Vocabulary,
-    tensors: dict[str, tuple[Kind, np.ndarray]],
-    kind: Kind,
-) -> list[str]:
-    """What is different in the file, and why."""
+def _remarks(config: ModelConfig, vocabulary: Vocabulary, odd: int) -> list[str]:
+    """What is different in the file, and why; ``odd`` tensors could not be of its kind."""
     remarks = list(vocabulary.remarks)
     if config.mlp == "gelu":
         remarks.append("llama.cpp computes GELU in its tanh form; mlp=gelu_tanh would be exact")
-    if (padding := config.vocab_size - stock.vocab_size + vocabulary.end_is_new) > 0:
+    if padding := config.vocab_size - len(vocabulary.tokens) + vocabulary.end_is_new:
         remarks.append(f"{padding} padded ids are left out")
     if vocabulary.end_is_new:
         remarks.append("an end-of-text token was added, because llama.cpp wants one")
-    if kind in ("Q8_0", "Q4_0"):
-        odd = [n for n, (t, data) in tensors.items() if t == "F16"]
-        if odd:
-            remarks.append(f"{len(odd)} tensors are F16: their widths are no multiple of {BLOCK}")
+    if odd:
+        remarks.append(f"{odd} tensors are F16: their widths are no multiple of {BLOCK}")
     return remarks
-
-
-def import_gguf() -> Any:
-    """The library; `MissingExtraError` where it is not installed."""
-    try:
-        import gguf
-    except ImportError:
-        raise MissingExtraError("hf", "GGUF") from None
-    return gguf

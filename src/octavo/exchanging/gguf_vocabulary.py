@@ -5,11 +5,8 @@ build it; what is outside the vocabulary llama.cpp leaves out of a text without 
 would complain.
 """
 
-import json
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from octavo.errors import ConfigError
 from octavo.text import tokenizer_json
@@ -55,7 +52,7 @@ def make_vocabulary(tokenizer: Tokenizer) -> Vocabulary:
 
     Where the tokenizer has no end of text one is appended: llama.cpp would take the id 11 for it.
     """
-    spec = _spec(tokenizer)
+    spec = tokenizer.spec
     names, merges = _names(spec), [f"{first} {second}" for first, second in _merges(spec)]
     types = [NORMAL if name else UNUSED for name in names]
     for token in spec["added_tokens"]:
@@ -78,13 +75,6 @@ def make_vocabulary(tokenizer: Tokenizer) -> Vocabulary:
         end_is_new=end is None,
         remarks=remarks,
     )
-
-
-def _spec(tokenizer: Tokenizer) -> Spec:
-    """The tokenizer's file, parsed."""
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save(folder)
-        return json.loads((Path(folder) / "tokenizer.json").read_text(encoding="utf-8"))
 
 
 def _names(spec: Spec) -> list[str]:

@@ -10,13 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from octavo.errors import CheckpointError, MissingExtraError
-from octavo.exchanging.families import choose_family, find_family
-from octavo.exchanging.weights import read_directory
+from octavo.exchanging.families import Family, choose_family, find_family
+from octavo.exchanging.libraries import library
+from octavo.exchanging.weights import build, read_directory
 from octavo.model.gpt import GPT
-
-# Masks and frequencies that older files carry: not weights, and computed anew.
-OLD_BUFFERS = (".masked_bias", ".inv_freq")
+from octavo.model_config import ModelConfig
 
 
 def from_huggingface(source: nn.Module | str | Path) -> GPT:
@@ -30,9 +28,7 @@ def from_huggingface(source: nn.Module | str | Path) -> GPT:
         return read_directory(Path(source))[0]
     family = find_family(type(source).__name__)
     config = family.config(source.config)
-    model = GPT(config)
-    _fill(model, family.to_ours(config, source.state_dict()))
-    return model.eval()
+    return build(family, config, source.state_dict(), family.name, source.config)
 
 
 def to_huggingface(model: GPT, architecture: str | None = None) -> nn.Module:
@@ -43,34 +39,17 @@ def to_huggingface(model: GPT, architecture: str | None = None) -> nn.Module:
     stock class holds the model.
     """
     family = choose_family(model.config, architecture)
-    transformers = _import_transformers("making a Hugging Face model")
-    stock = getattr(transformers, family.name)
-    module = stock(stock.config_class(**family.options(model.config)))
+    transformers = library("transformers", "making a Hugging Face model")
     weights = family.to_theirs(model.config, model.state_dict())
-    for name, tensor in module.state_dict().items():
-        if name.endswith(".bias"):
-            weights.setdefault(name, torch.zeros_like(tensor))
-    module.load_state_dict(weights)
+    return stock_module(transformers, family, model.config, weights)
+
+
+def stock_module(
+    transformers: Any, family: Family, config: ModelConfig, weights: dict[str, Tensor]
+) -> nn.Module:
+    """The class's own module with ``weights`` under its names; biases they lack are zero."""
+    stock = getattr(transformers, family.name)
+    module = stock(stock.config_class(**family.options(config)))
+    zero = {n: torch.zeros_like(t) for n, t in module.state_dict().items() if n.endswith(".bias")}
+    module.load_state_dict(zero | weights)
     return module.eval()
-
-
-def _fill(model: GPT, weights: dict[str, Tensor]) -> None:
-    """Copy every parameter; a bias that has no counterpart is a zero one."""
-    for name, parameter in model.named_parameters():
-        given = weights.get(name)
-        if given is None and not name.endswith(".bias"):
-            raise CheckpointError(f"the weight {name} is missing")
-        if given is not None and given.shape != parameter.shape:
-            raise CheckpointError(
-                f"{name} has shape {tuple(given.shape)}, not {tuple(parameter.shape)}"
-            )
-        with torch.no_grad():
-            parameter.copy_(given if given is not None else torch.zeros_like(parameter))
-
-
-def _import_transformers(wanted_for: str) -> Any:
-    try:
-        import transformers
-    except ImportError:
-        raise MissingExtraError("hf", wanted_for) from None
-    return transformers

@@ -17,14 +17,9 @@ from octavo import disk
 from octavo.checkpoint import Run
 from octavo.config import Config, DataConfig
 from octavo.errors import CheckpointError, ConfigError, DataError, ResourceError
+from octavo.exchanging.libraries import library, quiet, translated
 from octavo.exchanging.nanogpt import as_gpt2, read_nanogpt
-from octavo.exchanging.parity import (
-    Stock,
-    compare_logits,
-    import_transformers,
-    quiet,
-    random_rows,
-)
+from octavo.exchanging.parity import compare, logits_of, random_rows, reader_of, texts_of
 from octavo.exchanging.staging import refuse_occupied
 from octavo.exchanging.tokenizer_config import FILE as TOKENIZER_CONFIG
 from octavo.exchanging.tokenizer_config import read_settings
@@ -40,20 +35,6 @@ HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 HUB_FILES = ["*.json", "*.safetensors", "merges.txt", "chat_template.jinja"]
 
 
-@dataclass(frozen=True)
-class Imported:
-    """What an import made."""
-
-    run: Path
-    architecture: str
-    parameters: int
-    tokenizer: str
-    largest_difference: float | None
-    """Of two logits, as a share of the largest; None where there was nothing to compare with."""
-    compared_with: str | None
-    remarks: list[str]
-
-
 @dataclass
 class Source:
     """A model from elsewhere, in our form."""
@@ -62,7 +43,7 @@ class Source:
     architecture: str
     model: GPT
     files: list[Path]
-    """All that was read."""
+    """All that was read of it."""
     reference: Callable[[Any], nn.Module]
     """Given transformers, the same weights in a module of its own."""
     folder: Path | None = None
@@ -70,48 +51,42 @@ class Source:
     remarks: list[str] = field(default_factory=list)
 
 
-def import_model(source: str, target: Path | str, tokenizer: str | None = None) -> Imported:
-    """Make the run ``target`` of the model ``source``.
+def import_model(source: str, target: Path | str, tokenizer: str | None = None) -> dict[str, Any]:
+    """Make the run ``target`` of the model ``source``; return what is to be said about it.
 
     ``source`` is a directory, a name on the Hugging Face hub or a ``ckpt.pt``; ``tokenizer`` is
     "gpt2", a tokenizer.json or its directory, or a text whose characters are the vocabulary.
     Raises `ConfigError` for what octavo has no word for, `CheckpointError` for damaged files,
-    `ParityError` where transformers gives other logits; then nothing is written.
+    `ParityError` where transformers gives other logits; then nothing is written. Without
+    transformers there is nothing to compare with, and ``largest_difference`` is None.
     """
     target = Path(target)
     refuse_occupied(target)
     found = read_source(source)
     chosen = choose_tokenizer(found, tokenizer)
-    difference, against = _compare(found)
-    config = Config(
-        model=found.model.config,
-        data=DataConfig(tokenizer=chosen.kind if chosen else "auto"),
-    )
+    compared = {"architecture": found.architecture, **_compare(found)}
+    kind = chosen.kind if chosen else None
+    config = Config(model=found.model.config, data=DataConfig(tokenizer=kind or "auto"))
     origin = {
         "name": found.name,
         "description": f"imported from {found.name} ({found.architecture})",
         "imported": {file.name: fingerprint(file)["sha256"] for file in found.files},
         "folder": str(found.files[0].parent.resolve()),
-        "architecture": found.architecture,
-        "largest_difference": difference,
-        "compared_with": against,
-        "tokenizer": chosen.kind if chosen else None,
+        **compared,
+        "tokenizer": kind,
         "tokenizer_sha256": chosen.fingerprint if chosen else None,
     }
     files = {"data.json": to_json(origin)}
     settings = read_settings(found.folder) if found.folder and chosen else {}
     if settings:
         files[TOKENIZER_CONFIG] = to_json(settings)
-    Run.create_with_weights(target, config, chosen, files, found.model.state_dict())
-    return Imported(
-        run=target,
-        architecture=found.architecture,
-        parameters=count_parameters(config.model).total,
-        tokenizer=repr(chosen) if chosen else "none: this model takes and gives ids",
-        largest_difference=difference,
-        compared_with=against,
-        remarks=found.remarks,
-    )
+    Run.create(target, config, chosen, files, found.model.state_dict())
+    return {
+        **compared,
+        "parameters": count_parameters(config.model).total,
+        "tokenizer": repr(chosen) if chosen else "none: this model takes and gives ids",
+        "remarks": found.remarks,
+    }
 
 
 def read_source(source: str) -> Source:
@@ -126,29 +101,20 @@ def read_source(source: str) -> Source:
         path = path / "ckpt.pt"
     if path.is_dir():
         model, family, files = read_directory(path)
-        return Source(
-            name=name,
-            architecture=family.name,
-            model=model,
-            files=files,
-            reference=lambda library: getattr(library, family.name).from_pretrained(
+
+        def reference(transformers: Any) -> nn.Module:
+            return getattr(transformers, family.name).from_pretrained(
                 path, local_files_only=True, use_safetensors=True, dtype="float32"
-            ),
-            folder=path,
-        )
+            )
+
+        return Source(name, family.name, model, files, reference, folder=path)
     if path.suffix not in (".pt", ".pth"):
         raise ConfigError(
             f"{source} is neither a directory nor a nanoGPT checkpoint",
             fix="unpack archives first, and name the directory with config.json",
         )
     model, weights = read_nanogpt(path)
-    return Source(
-        name=name,
-        architecture="nanoGPT",
-        model=model,
-        files=[path],
-        reference=lambda library: as_gpt2(library, model.config, weights),
-    )
+    return Source(name, "nanoGPT", model, [path], lambda hf: as_gpt2(hf, model.config, weights))
 
 
 def choose_tokenizer(found: Source, wanted: str | None) -> Tokenizer | None:
@@ -170,8 +136,10 @@ def choose_tokenizer(found: Source, wanted: str | None) -> Tokenizer | None:
             chosen = Tokenizer.gpt2()
             found.remarks.append(f"a vocabulary of {size:,} is taken to be GPT-2's")
         else:
-            found.remarks.append("nanoGPT keeps characters in meta.pkl, a pickle, not opened here")
-            found.remarks.append("with --tokenizer TEXT the characters of its text are used")
+            found.remarks += [
+                "nanoGPT keeps characters in meta.pkl, a pickle, not opened here",
+                "with --tokenizer TEXT the characters of its text are used",
+            ]
             return None
     except (DataError, ResourceError) as error:
         found.remarks.append(f"no tokenizer: {error}")
@@ -195,24 +163,19 @@ def _named_tokenizer(wanted: str) -> Tokenizer:
         raise DataError(f"cannot read the text {wanted}: {error}") from None
 
 
-def _compare(found: Source) -> tuple[float | None, str | None]:
+def _compare(found: Source) -> dict[str, Any]:
     """The largest difference of logits, and from whose; None and a remark without transformers."""
-    transformers = import_transformers()
+    transformers = library("transformers")
     if transformers is None:
         found.remarks.append("transformers is not installed: the logits were not compared")
-        return None, None
-    with quiet(transformers):
-        try:
-            module = found.reference(transformers)
-        except Exception as error:  # of many kinds; each is one line for a person
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
-            raise CheckpointError(
-                f"transformers cannot load {found.name}, so nothing can be compared: {reason}"
-            ) from error
-        config = found.model.config
-        rows = random_rows(config.vocab_size, min(LENGTH, config.block_size))
-        difference = compare_logits(found.model, Stock(module), rows[:, :-1])
-    return difference, f"transformers {transformers.__version__}"
+        return {"largest_difference": None, "compared_with": None}
+    config = found.model.config
+    texts = texts_of(random_rows(config.vocab_size, min(LENGTH, config.block_size)))
+    refusal = f"transformers cannot load {found.name}, so nothing can be compared"
+    with quiet(transformers), translated(CheckpointError, refusal):
+        theirs = reader_of(transformers, found.reference(transformers))
+        figures = compare(logits_of(found.model), theirs, texts)
+    return {"largest_difference": figures.difference, "compared_with": theirs.name}
 
 
 def _fetch(name: str) -> Path:
@@ -220,23 +183,16 @@ def _fetch(name: str) -> Path:
     if not HUB_NAME.fullmatch(name) or Path(name).suffix in (".pt", ".pth", ".safetensors"):
         raise ConfigError(f"there is no {name}", fix="name a directory, or OWNER/MODEL on the hub")
     otherwise = "name a directory that holds its config.json and model.safetensors"
-    try:
-        import huggingface_hub
-        from huggingface_hub.errors import RepositoryNotFoundError
-    except ImportError:
+    if (hub := library("huggingface_hub")) is None:
         raise ConfigError(
             f"there is no directory {name}",
             fix=f'{otherwise}; the hub needs pip install "octavo[hf]"',
-        ) from None
-    try:
-        folder = huggingface_hub.snapshot_download(
-            name, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]
         )
-    except RepositoryNotFoundError:
-        raise ConfigError(f"the hub has no public model {name}", fix=otherwise) from None
-    except Exception as error:  # offline, refused, timed out: the library has a class for each
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise ResourceError(
-            f"there is no directory {name}, and the hub cannot be reached: {reason}", fix=otherwise
-        ) from None
-    return Path(folder)
+    refusal = f"there is no directory {name}, and the hub cannot be reached"
+    with translated(ResourceError, refusal, otherwise):
+        try:
+            return Path(
+                hub.snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=["*/*"])
+            )
+        except hub.errors.RepositoryNotFoundError:
+            raise ConfigError(f"the hub has no public model {name}", fix=otherwise) from None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from octavo.checkpoint import Run
-from octavo.exchanging.parity import TOLERANCE, Parity
+from octavo.exchanging.parity import TOLERANCE
 from octavo.manifest import read_json
 from octavo.model.counts import count_parameters
 from octavo.model_config import ModelConfig
@@ -44,9 +44,9 @@ def write_card(
     config: ModelConfig,
     tokenizer: Tokenizer | None,
     facts: Mapping[str, str],
-    parity: Parity,
+    parity: Mapping[str, Any],
 ) -> str:
-    """The card in Markdown, with the metadata the hub reads at its head."""
+    """The card in Markdown, with the metadata the hub reads at its head; ``parity`` by `check`."""
     kinds = {"char": "characters", "byte": "bytes", "bpe": "byte-pair encoding"}
     table = {
         "Parameters": f"{count_parameters(config).total:,}",
@@ -61,15 +61,9 @@ def write_card(
     return CARD.format(
         title=name,
         rows=rows,
-        against=parity.against,
-        tokens=parity.tokens,
-        text=parity.text,
-        difference=f"{parity.largest_difference:.1e}",
-        tolerance=f"{TOLERANCE:g}",
-        here=f"{parity.perplexity:.6g}",
-        there=f"{parity.perplexity_there:.6g}",
-        greedy=parity.greedy_tokens,
+        tolerance=TOLERANCE,
         usage=USE_TEXT if tokenizer else USE_IDS,
+        **parity,
     )
 
 
@@ -94,8 +88,9 @@ A GPT exported by octavo.
 ## Checked at export
 
 These files were loaded by {against} and compared with the original on {tokens:,} tokens ({text}):
-the logits differ by at most {difference} of the largest ({tolerance} is allowed), the perplexity is
-{there} beside {here}, and {greedy} tokens of greedy text are the same.
+the logits differ by at most {largest_difference:.1e} of the largest ({tolerance:g} is allowed), the
+perplexity is {perplexity_there:.6g} beside {perplexity:.6g}, and
+{greedy_tokens} tokens of greedy text are the same.
 """
 USE_TEXT = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer

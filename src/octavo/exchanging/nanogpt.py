@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from octavo.errors import CheckpointError
 from octavo.exchanging.families import GPT2
+from octavo.exchanging.huggingface import stock_module
 from octavo.exchanging.weights import BUFFERS, build
 from octavo.model.gpt import GPT
 from octavo.model_config import ModelConfig
@@ -22,7 +23,6 @@ from octavo.model_config import ModelConfig
 NANOGPT = replace(GPT2, name="nanoGPT", transposed=False)
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 COMPILED = "_orig_mod."  # what torch.compile puts before every name
-TRANSPOSED = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 
 def read_nanogpt(file: Path) -> tuple[GPT, dict[str, Tensor]]:
@@ -44,23 +44,19 @@ def read_nanogpt(file: Path) -> tuple[GPT, dict[str, Tensor]]:
         for name, tensor in given.items()
         if isinstance(tensor, Tensor) and not str(name).endswith(BUFFERS)
     }
-    tied = torch.equal(*(_weight(weights, n) for n in ("transformer.wte", "lm_head")))
+    head = weights.get("lm_head.weight")
+    tied = head is not None and torch.equal(head, weights.get("transformer.wte.weight", head))
     config = _to_config(args, tied)
     return build(NANOGPT, config, weights, str(file)), weights
 
 
 def as_gpt2(transformers: Any, ours: ModelConfig, weights: Mapping[str, Tensor]) -> nn.Module:
     """The same tensors in transformers' GPT-2, which computes what nanoGPT does, to compare."""
-    module = transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2.options(ours)))
     theirs = {
-        name: tensor.T if name.removesuffix(".weight").endswith(TRANSPOSED) else tensor
+        name: tensor.T if ".h." in name and tensor.dim() == 2 else tensor
         for name, tensor in weights.items()
     }
-    for name, tensor in module.state_dict().items():
-        if name.endswith(".bias"):
-            theirs.setdefault(name, torch.zeros_like(tensor))
-    module.load_state_dict(theirs)
-    return module.eval()
+    return stock_module(transformers, GPT2, ours, theirs)
 
 
 def _to_config(args: Mapping[str, Any], tied: bool) -> ModelConfig:
@@ -75,12 +71,6 @@ def _to_config(args: Mapping[str, Any], tied: bool) -> ModelConfig:
         mlp="gelu_tanh" if old else "gelu",
         tie_embeddings=tied,
     )
-
-
-def _weight(weights: Mapping[str, Tensor], module: str) -> Tensor:
-    if f"{module}.weight" not in weights:
-        raise CheckpointError(f"the checkpoint misses {module}.weight")
-    return weights[f"{module}.weight"]
 
 
 def _unpickle(file: Path) -> Mapping[str, Any]:

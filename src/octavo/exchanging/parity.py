@@ -6,17 +6,17 @@ the gate refuses.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
 from octavo.errors import ParityError
-from octavo.evaluating.perplexity import score_windows
+from octavo.evaluating.perplexity import Score
 from octavo.model.gpt import GPT
 from octavo.text.tokenizer import Tokenizer
 
@@ -24,100 +24,117 @@ TOLERANCE = 1e-4
 """Largest difference of two logits allowed, as a share of the largest logit; of two perplexities,
 as a share of either."""
 ROWS, LENGTH = 4, 256  # how much text is compared: enough to see every weight at work
-PROMPT, WRITTEN = 16, 32  # the tokens a greedy text begins with, and how many follow
+PROMPT, WRITTEN = 8, 32  # the tokens a greedy text begins with, and how many follow at most
 REPORT = "nothing was written; please report this with the model's config.json"
+
+Logits = Callable[[Tensor], Tensor]
+"""Ids (T,) to the logits (T, V) after each of them."""
 
 
 @dataclass(frozen=True)
-class Parity:
+class Reader:
+    """Somebody's code that should compute what a model of ours does."""
+
+    name: str
+    """E.g. "transformers 5.23.0"."""
+    logits: Logits
+    tolerance: float = TOLERANCE
+
+
+class Figures(NamedTuple):
     """What a comparison found."""
 
-    against: str
-    """Whose implementation the other one was, e.g. "transformers 5.23.0"."""
-    text: str
-    """What was compared on."""
-    tokens: int
-    largest_difference: float
-    """Of two logits, as a share of the largest."""
+    difference: float
+    """The largest of two logits, as a share of the largest logit."""
     perplexity: float
-    """Ours on that text."""
+    """Ours on the text."""
     perplexity_there: float
-    greedy_tokens: int
-    """Tokens of greedy text that were equal: all that were written."""
 
 
-class Stock(nn.Module):
-    """A module of transformers that, like ours, takes ids (B, T) and gives logits (B, T, V)."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-        self.eval()
-
-    def forward(self, idx: Tensor) -> Tensor:
-        """(B, T) to (B, T, V)."""
-        return self.module(idx, use_cache=False).logits
+def logits_of(model: GPT) -> Logits:
+    """A model of ours as what gives logits, on the CPU."""
+    device = model.tok_emb.weight.device
+    return torch.inference_mode()(lambda ids: model(ids[None].to(device))[0].float().cpu())
 
 
-def compare(
-    ours: GPT, module: nn.Module, rows: np.ndarray, text: str, against: str, vocab_size: int
-) -> Parity:
-    """Hold ``ours`` against a ``module`` of transformers on ``rows`` (N, T + 1) of ids.
+def reader_of(library: Any, module: Any, tolerance: float = TOLERANCE) -> Reader:
+    """A ``module`` of transformers' kind as a reader, in evaluation mode from now on."""
+    module.eval()
+    logits = torch.inference_mode()(lambda ids: module(ids[None], use_cache=False).logits[0])
+    return Reader(f"{library.__name__} {library.__version__}", logits, tolerance)
 
-    ``text`` names what they are; ids from ``vocab_size`` on are padding, which nobody writes.
+
+def texts_of(rows: np.ndarray) -> Tensor:
+    """As many of the ids ``rows`` (N, T + 1) as are compared."""
+    return torch.from_numpy(rows[:ROWS, : LENGTH + 1].astype(np.int64))
+
+
+def compare(ours: Logits, theirs: Reader, texts: Tensor, vocab_size: int | None = None) -> Figures:
+    """Hold ``theirs`` against ``ours`` on ``texts`` (N, T + 1) of ids; `ParityError` if it differs.
+
+    Logits of ids from ``vocab_size`` on count in the perplexities only.
     """
-    rows = rows[:ROWS, : LENGTH + 1].astype(np.int64)
-    x, y = rows[:, :-1], rows[:, 1:]
-    stock = Stock(module)
-    difference = compare_logits(ours, stock, x)
-    here = score_windows(ours, x, y).perplexity
-    there = score_windows(stock, x, y).perplexity  # type: ignore[arg-type]
-    if not math.isclose(here, there, rel_tol=TOLERANCE):
-        raise ParityError(f"the perplexities are {here:.6g} and {there:.6g}", text, REPORT)
-    written = compare_greedy(ours, module, x, vocab_size)
-    return Parity(against, text, x.size, difference, here, there, written)
-
-
-@torch.inference_mode()
-def compare_logits(ours: GPT, stock: Stock, x: np.ndarray) -> float:
-    """The largest difference of logits after ``x`` (N, T), as a share of the largest logit."""
-    differences, largest = [], []
-    for row in torch.from_numpy(x):  # one at a time: a vocabulary of 150,000 makes large rows
-        mine, theirs = ours(row[None]), stock(row[None])
-        differences.append((mine - theirs).abs().max().item())
-        largest.append(theirs.abs().max().item())
-    worst = max(differences) / max(*largest, 1e-30)
-    if not all(map(math.isfinite, differences)) or worst > TOLERANCE:
+    differences, largest, nats = [], [], []
+    for text in texts:  # one at a time: a vocabulary of 150,000 makes large rows
+        wanted, given = ours(text[:-1]), theirs.logits(text[:-1])
+        nats.append([F.cross_entropy(z, text[1:], reduction="sum").item() for z in (wanted, given)])
+        wanted, given = wanted[:, :vocab_size], given[:, :vocab_size]
+        differences.append((given - wanted).abs().max())
+        largest.append(wanted.abs().max())
+    n_tokens = texts[:, 1:].numel()
+    worst = (torch.stack(differences).max() / torch.stack(largest).max().clamp(min=1e-30)).item()
+    if not worst <= theirs.tolerance:
         raise ParityError(
-            f"the logits differ by {worst:.2g} of the largest, {TOLERANCE:g} is allowed",
-            f"on {x.size} tokens",
+            f"the logits of {theirs.name} differ by {worst:.2g} of the largest, "
+            f"{theirs.tolerance:g} is allowed",
+            f"on {n_tokens} tokens",
             REPORT,
         )
-    return worst
+    here, there = (Score(sum(side), n_tokens, 0).perplexity for side in zip(*nats, strict=True))
+    if not math.isclose(here, there, rel_tol=theirs.tolerance):
+        raise ParityError(
+            f"{theirs.name} finds a perplexity of {there:.6g}, not {here:.6g}", fix=REPORT
+        )
+    return Figures(worst, here, there)
 
 
-@torch.inference_mode()
-def compare_greedy(ours: GPT, module: Any, x: np.ndarray, vocab_size: int) -> int:
-    """How many tokens the module writes greedily, having seen that ours would write the same.
+def prompt_length(block_size: int) -> int:
+    """The ids that a greedy text begins with."""
+    return max(min(PROMPT, block_size // 2), 1)
 
-    Its text is read by our model in one piece: at each place the token it chose must be our
-    likeliest, or tie with it within the tolerance.
+
+def check_greedy(writer: str, logits: Tensor, text: Tensor, begin: int, tolerance: float) -> None:
+    """See that what ``writer`` wrote into ``text`` (T,) from ``begin`` on, another would write too.
+
+    At each place the id must be the likeliest by ``logits`` (T, V), or tie with it within the
+    tolerance.
     """
-    prompt = torch.from_numpy(x[:1, : max(min(PROMPT, x.shape[1] // 2), 1)])
-    room = min(WRITTEN, ours.config.block_size - prompt.size(1))
+    allowed = 2 * tolerance * logits.abs().max()
+    logits = logits[begin - 1 : -1]
+    behind = logits.amax(dim=1) - logits.gather(1, text[begin:, None])[:, 0]
+    if len(wrong := (behind > allowed).nonzero()):
+        raise ParityError(
+            f"{writer} writes another greedy text", f"from token {int(wrong[0]) + 1} on", REPORT
+        )
+
+
+def compare_greedy(ours: GPT, module: Any, text: Tensor, vocab_size: int, writer: str) -> int:
+    """How many tokens a module of transformers writes greedily, as ours would write them, too.
+
+    It goes on where the beginning of ``text`` (T,) ends; ids from ``vocab_size`` on are padding,
+    which nobody writes.
+    """
+    begin = prompt_length(ours.config.block_size)
+    room = min(WRITTEN, ours.config.block_size - begin)
     if room < 1:
         return 0
-    text = module.generate(
+    prompt = text[None, :begin]
+    written = module.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=room, do_sample=False
-    )
-    begin = prompt.size(1)
-    logits = ours(text[:, :-1])[0, begin - 1 :, :vocab_size]
-    chosen = logits.gather(1, text[0, begin:, None])[:, 0]
-    behind = logits.max(dim=1).values - chosen
-    wrong = (behind > 2 * TOLERANCE * logits.abs().max()).nonzero()
-    if len(wrong):
-        raise ParityError("the greedy texts differ", f"from token {int(wrong[0]) + 1} on", REPORT)
-    return len(chosen)
+    )[0]
+    logits = logits_of(ours)(written)[:, :vocab_size]
+    check_greedy(writer, logits, written, begin, TOLERANCE)
+    return len(written) - begin
 
 
 def compare_tokenizers(ours: Tokenizer, theirs: Any, rows: np.ndarray) -> None:
@@ -137,27 +154,3 @@ def random_rows(vocab_size: int, length: int, tokenizer: Tokenizer | None = None
         allowed = np.flatnonzero(tokenizer.byte_lengths())  # text, not special tokens
     rng = np.random.default_rng(0)
     return allowed[rng.integers(len(allowed), size=(ROWS, min(length, LENGTH) + 1))]
-
-
-def import_transformers() -> Any:
-    """The library, or None where it is not installed."""
-    try:
-        import transformers
-    except ImportError:
-        return None
-    return transformers
-
-
-@contextmanager
-def quiet(transformers: Any) -> Iterator[None]:
-    """Without its warnings and progress bars meanwhile: what they warn of is what we compare."""
-    logging = transformers.utils.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

@@ -11,32 +11,27 @@ import copy
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from octavo.adapting.lora import (
-    LoRALinear,
-    adapted_layers,
-    add_adapter,
-    check_layer,
-    load_adapter_state,
-    use_adapters,
-)
+from octavo.adapting.lora import LoRALinear, adapted_layers, add_adapter, check_layer, use_adapters
 from octavo.adapting.surgery import linear_layers, swap_linear
-from octavo.errors import CheckpointError, MissingExtraError, ParityError
+from octavo.errors import CheckpointError, ConfigError, ParityError
 from octavo.exchanging.families import FAMILIES, Family, choose_family
 from octavo.exchanging.huggingface import to_huggingface
-from octavo.exchanging.parity import Stock, compare_logits, random_rows
+from octavo.exchanging.libraries import library, translated
+from octavo.exchanging.parity import compare, logits_of, random_rows, reader_of, texts_of
 from octavo.exchanging.peft_config import CONFIG, Settings, make_config, read_settings
 from octavo.exchanging.staging import staged
 from octavo.manifest import to_json
 from octavo.model.gpt import GPT
+from octavo.model_config import ModelConfig
 from octavo.tensors import read_tensors
 
 WEIGHTS = "adapter_model.safetensors"
@@ -44,8 +39,7 @@ WEIGHTS = "adapter_model.safetensors"
 MATRIX = re.compile(r"base_model\.model\.(.+)\.(lora_A|lora_B|base_layer)\.weight")
 
 
-@dataclass(frozen=True)
-class Adapter:
+class Adapter(NamedTuple):
     """What lies beside one linear layer: A (rank, in), B (out, rank), alpha."""
 
     A: Tensor
@@ -72,10 +66,11 @@ def to_peft(
     layers = adapted_layers(model, name)
     family = choose_family(model.config, architecture)
     places = _places(family, model)
+    every = dict(linear_layers(model))
     adapters = {
-        module: _fused(layers, name, rows)
-        for module, rows in places.items()
-        if rows.keys() & layers.keys()
+        module: _fused(family, model.config, module, {n: every[n] for n in names}, name)
+        for module, names in places.items()
+        if layers.keys() & names
     }
     tensors = {
         f"base_model.model.{module}.lora_{kind}.weight": getattr(adapter, kind).contiguous()
@@ -109,70 +104,47 @@ def from_peft(directory: Path | str, model: GPT, name: str = "default") -> float
     layers = dict(linear_layers(model))
     ours: dict[str, Adapter] = {}
     for module, pair in matrices.items():
-        rows = places[module]
-        adapter = _checked(module, pair, settings, rows, layers[next(iter(rows))])
-        ours |= _parts(adapter, rows)
-    groups: dict[tuple[int, float], list[str]] = defaultdict(list)
-    for layer, adapter in ours.items():
+        adapter = _checked(module, pair, settings, [layers[n] for n in places[module]])
+        ours |= _parts(family, model.config, module, adapter)
+    if taken := [path for path, layer in layers.items() if name in getattr(layer, "lora_A", ())]:
+        raise ConfigError(f"{taken[0]} has an adapter {name!r} already", fix="choose another name")
+    for layer, adapter in ours.items():  # all of them before the first is put there
         check_layer(model, layer, layers[layer], name, len(adapter.A))
-        groups[len(adapter.A), adapter.alpha].append(layer)
-    for (rank, alpha), targets in groups.items():
-        add_adapter(model, name, rank, alpha, settings.lora_dropout, targets)
-    state = {f"{layer}.lora_A": adapter.A for layer, adapter in ours.items()}
-    state |= {f"{layer}.lora_B": adapter.B for layer, adapter in ours.items()}
-    load_adapter_state(model, state, name)
-    try:
-        return compare_with_peft(model, name, directory, family.name)
-    except MissingExtraError:
-        return None
+    for layer, (A, B, alpha) in ours.items():
+        add_adapter(model, name, len(A), alpha, settings.lora_dropout, [layer])
+        adapted = adapted_layers(model, name)[layer]
+        with torch.no_grad():
+            adapted.lora_A[name].copy_(A)
+            adapted.lora_B[name].copy_(B)
+    compares = library("peft") is not None
+    return compare_with_peft(model, name, directory, family.name) if compares else None
 
 
-def compare_with_peft(
-    model: GPT, name: str, directory: Path, architecture: str | None = None
-) -> float:
+def compare_with_peft(model: GPT, name: str, directory: Path, architecture: str) -> float:
     """The largest difference between our logits and PEFT's, as a share of the largest.
 
     PEFT loads ``directory`` over the stock module of the base. Raises `ParityError` where they
     differ by more than sums taken in another order do.
     """
-    try:
-        from peft import PeftModel
-    except ImportError:
-        raise MissingExtraError("hf", "comparing an adapter with PEFT's") from None
+    peft = library("peft", "comparing an adapter with PEFT's")
     ours, base = copy.deepcopy(model).eval(), copy.deepcopy(model)
     use_adapters(ours, {name: 1.0})
     swap_linear(base, lambda _, layer: isinstance(layer, LoRALinear), lambda layer: layer.base)
-    stock = to_huggingface(base, architecture)
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            module = PeftModel.from_pretrained(stock, str(directory))
-    except Exception as error:  # of many kinds; none of them lets the adapter pass
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise ParityError(f"PEFT cannot use {directory}: {reason}") from error
-    rows = random_rows(model.config.vocab_size, model.config.block_size)
-    return compare_logits(ours, Stock(module), rows[:, :-1])
+    stock, refusal = to_huggingface(base, architecture), f"PEFT cannot use {directory}"
+    with translated(ParityError, refusal), warnings.catch_warnings(action="ignore"):
+        module = peft.PeftModel.from_pretrained(stock, str(directory))
+    texts = texts_of(random_rows(model.config.vocab_size, model.config.block_size))
+    return compare(logits_of(ours), reader_of(peft, module), texts).difference
 
 
-def _places(family: Family, model: GPT) -> dict[str, dict[str, Tensor]]:
-    """Their linear layers, each with ours in it, and which rows of its output are whose.
-
-    `Family.to_theirs` says it: every output of ours gets a number and is sent as a bias.
-    """
-    widths = {name: layer.out_features for name, layer in linear_layers(model)}
-    numbers = torch.arange(sum(widths.values())).split(list(widths.values()))
-    sent = {f"{name}.bias": own for name, own in zip(widths, numbers, strict=True)}
-    places = {}
-    for bias, arrived in family.to_theirs(model.config, sent).items():
-        row = {number: row for row, number in enumerate(arrived.tolist())}
-        places[bias.removesuffix(".bias")] = {
-            ours.removesuffix(".bias"): torch.tensor([row[number] for number in own.tolist()])
-            for ours, own in sent.items()
-            if int(own[0]) in row
-        }
-    return places
+def _places(family: Family, model: GPT) -> dict[str, tuple[str, ...]]:
+    """Their linear layers, each with those of ours that are in it."""
+    ours = dict(linear_layers(model))
+    modules = family.modules(model.config.n_layer)
+    return {theirs: names for names, theirs in modules if names[0] in ours}
 
 
-def _find_places(model: GPT, modules: Iterable[str]) -> tuple[Family, dict[str, dict[str, Tensor]]]:
+def _find_places(model: GPT, modules: Iterable[str]) -> tuple[Family, dict[str, tuple[str, ...]]]:
     """The stock class that holds the model and has these ``modules``, and its `_places`."""
     choose_family(model.config)  # or the reason why there is none
     fitting = [family for family in FAMILIES if not family.misfits(model.config)]
@@ -190,35 +162,43 @@ def _find_places(model: GPT, modules: Iterable[str]) -> tuple[Family, dict[str, 
     )
 
 
-def _fused(layers: Mapping[str, LoRALinear], name: str, rows: Mapping[str, Tensor]) -> Adapter:
-    """One adapter for a module of theirs that holds the outputs of ours in ``rows``."""
-    parts = [layers[ours] for ours in rows if ours in layers]
-    own_rows = [own for ours, own in rows.items() if ours in layers]
-    first = parts[0]
-    A = torch.cat([layer.lora_A[name].detach() for layer in parts])
-    # All share the first one's scale; where another's is its own, that goes into its B.
-    shares = [layer.scale(name) / first.scale(name) for layer in parts]
-    blocks = [p.lora_B[name].detach() * share for p, share in zip(parts, shares, strict=True)]
-    B = A.new_zeros(sum(map(len, rows.values())), len(A))
-    B[torch.cat(own_rows)] = torch.block_diag(*blocks)
-    return Adapter(A, B, first.alpha[name] * len(A) / len(first.lora_A[name]))
+def _fused(
+    family: Family, config: ModelConfig, module: str, parts: Mapping[str, Any], name: str
+) -> Adapter:
+    """One adapter for a ``module`` of theirs that holds ours in ``parts``; some may have none."""
+    adapted = {n: layer for n, layer in parts.items() if name in getattr(layer, "lora_A", ())}
+    first = next(iter(adapted.values()))
+    A = torch.cat([layer.lora_A[name].detach() for layer in adapted.values()])
+    blocks = [  # all share the first one's scale; where another's is its own, that goes into its B
+        layer.lora_B[name].detach() * (layer.scale(name) / first.scale(name))
+        for layer in adapted.values()
+    ]
+    B = {n: A.new_zeros(layer.out_features, len(A)) for n, layer in parts.items()}
+    B |= zip(adapted, torch.block_diag(*blocks).split([*map(len, blocks)]), strict=True)
+    # The rows of B are outputs, as those of a weight: they go the same way.
+    weights = {f"{n}.weight": outputs for n, outputs in B.items()}
+    whole = replace(family, transposed=False).to_theirs(config, weights)[f"{module}.weight"]
+    return Adapter(A, whole, first.alpha[name] * len(A) / len(first.lora_A[name]))
 
 
-def _parts(whole: Adapter, rows: Mapping[str, Tensor]) -> Iterator[tuple[str, Adapter]]:
+def _parts(family: Family, config: ModelConfig, module: str, whole: Adapter) -> dict[str, Adapter]:
     """An adapter of theirs as adapters of ours; where it is fused, without what is zero."""
-    for ours, own in rows.items():
+    parts = {}
+    weights = replace(family, transposed=False).to_ours(config, {f"{module}.weight": whole.B})
+    for name, B in weights.items():
         used = torch.ones(len(whole.A), dtype=torch.bool)
-        if len(rows) > 1 and whole.B.any():
-            used = whole.B[own].any(dim=0)
+        if len(weights) > 1 and whole.B.any():
+            used = B.any(dim=0)
         if used.any():
             alpha = whole.alpha * int(used.sum()) / len(used)
-            yield ours, Adapter(whole.A[used], whole.B[own][:, used], alpha)
+            parts[name.removesuffix(".weight")] = Adapter(whole.A[used], B[:, used], alpha)
+    return parts
 
 
 def _read_matrices(directory: Path) -> dict[str, dict[str, Tensor]]:
     """lora_A and lora_B of each module."""
     matrices: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for key, tensor in read_tensors(directory / WEIGHTS, "pt").items():
+    for key, tensor in read_tensors(directory / WEIGHTS).items():
         if not (found := MATRIX.fullmatch(key)):
             raise CheckpointError(f"{key} is no matrix of an adapter", f"in {directory / WEIGHTS}")
         matrices[found[1]][found[2]] = tensor
@@ -231,12 +211,11 @@ def _checked(
     module: str,
     matrices: Mapping[str, Tensor],
     settings: Settings,
-    rows: Mapping[str, Tensor],
-    layer: Any,
+    parts: Sequence[Any],
 ) -> Adapter:
-    """The adapter of a module, after comparing its shapes; ``layer`` is the first of ours in it."""
+    """The adapter of a module, after comparing its shapes with those of our ``parts`` of it."""
     rank, alpha = settings.rank_and_alpha(module)
-    n_rows = sum(map(len, rows.values()))
+    layer, n_rows = parts[0], sum(part.out_features for part in parts)
     for kind, wanted in (("lora_A", (rank, layer.in_features)), ("lora_B", (n_rows, rank))):
         if kind not in matrices:
             raise CheckpointError(f"{module} lacks its {kind}")

@@ -97,8 +97,8 @@ def make_config(
         "r": r,
         "lora_alpha": alpha,
         "target_modules": _endings(ranks, modules),
-        "rank_pattern": _pattern(ranks, r),
-        "alpha_pattern": _pattern(alphas, alpha),
+        "rank_pattern": {module: own for module, own in ranks.items() if own != r},
+        "alpha_pattern": {module: own for module, own in alphas.items() if own != alpha},
         "bias": "none",
         "inference_mode": True,
     }
@@ -110,15 +110,6 @@ def _by_pattern(patterns: Mapping[str, Any], module: str, rule: Any) -> Any:
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
     return rule
-
-
-def _pattern(values: Mapping[str, float], rule: float) -> dict[str, float]:
-    """The modules whose value is not the rule, by the ends of their names."""
-    return {
-        ending: value
-        for value in sorted(set(values.values()) - {rule})
-        for ending in _endings([m for m, own in values.items() if own == value], values)
-    }
 
 
 def _endings(chosen: Iterable[str], modules: Iterable[str]) -> list[str]:

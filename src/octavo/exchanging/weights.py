@@ -4,8 +4,9 @@ Every name and every shape is compared with what ``config.json`` promises before
 size is allocated: nothing missing is filled in, nothing left over is passed by.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +21,8 @@ from octavo.tensors import read_tensors
 
 # Masks and frequencies that older files carry: not weights, and computed anew.
 BUFFERS = (".attn.bias", ".attention.bias", ".masked_bias", ".inv_freq")
-# Options that deny biases to a part of a block of a model which has biases elsewhere.
-BIAS_OPTIONS = {"attention_bias": ".self_attn.", "mlp_bias": ".mlp."}
+# Parts of a block, and the option that denies them biases in a model which has some elsewhere.
+DENIED_BY = {".self_attn.": "attention_bias", ".attention.": "attention_bias", ".mlp.": "mlp_bias"}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -35,8 +36,7 @@ def read_directory(directory: Path) -> tuple[GPT, Family, list[Path]]:
     family, theirs = read_config(directory)
     config = to_config(family, theirs, directory)
     weights, files = read_weights(directory)
-    denied = [part for option, part in BIAS_OPTIONS.items() if not getattr(theirs, option, True)]
-    model = build(family, config, _tidy(family, weights), str(directory), denied)
+    model = build(family, config, weights, str(directory), theirs)
     return model, family, [directory / "config.json", *files]
 
 
@@ -44,15 +44,15 @@ def read_weights(directory: Path) -> tuple[dict[str, Tensor], list[Path]]:
     """Every tensor by its own name, and the files they were in."""
     if (directory / SINGLE).is_file():
         files = [directory / SINGLE]
-        weights = read_tensors(directory / SINGLE, "pt")
+        weights = read_tensors(directory / SINGLE)
     elif (directory / INDEX).is_file():
         places = _weight_map(directory)
-        shards = {name: read_tensors(directory / name, "pt") for name in sorted({*places.values()})}
+        shards = {name: read_tensors(directory / name) for name in sorted({*places.values()})}
+        files, weights = [directory / INDEX, *(directory / name for name in shards)], {}
         for name, place in places.items():
             if name not in shards[place]:
                 raise CheckpointError(f"{place} lacks {name}, which {INDEX} promises")
-        files = [directory / INDEX, *(directory / name for name in shards)]
-        weights = {name: shards[place][name] for name, place in places.items()}
+            weights[name] = shards[place][name]
     elif any(directory.glob("*.bin")):
         raise CheckpointError(
             f"{directory} holds its weights as a pickle, which could run code and is not opened",
@@ -68,21 +68,22 @@ def build(
     config: ModelConfig,
     weights: Mapping[str, Tensor],
     where: str,
-    denied: Iterable[str] = (),
+    theirs: Any = None,
 ) -> GPT:
     """Our model with ``weights`` in ``family``'s layout, every one accounted for.
 
-    A tied head may be absent; biases in the parts ``denied`` must be, and are zero.
+    A tied head may be absent; biases of parts that the configuration ``theirs`` denies them must
+    be, and are zero. Raises `CheckpointError`, which says ``where``.
     """
-    given = dict(weights)
+    given = _tidy(family, weights)
     if not any(name.startswith(f"{family.layers}.{config.n_layer - 1}.") for name in given):
         raise CheckpointError(f"{where} misses layer {config.n_layer - 1} of {config.n_layer}")
     if config.tie_embeddings:
         _tie(family, given)
     with torch.device("meta"):
         wanted = family.to_theirs(config, GPT(config).state_dict())
-    parts = tuple(denied)
-    zero = {n for n in wanted if n.endswith(".bias") and any(part in n for part in parts)}
+    denied = [part for part, option in DENIED_BY.items() if not getattr(theirs, option, True)]
+    zero = {n for n in wanted if n.endswith(".bias") and any(part in n for part in denied)}
     promised = wanted.keys() - zero
     for verb, names in (
         ("misses", promised - given.keys()),

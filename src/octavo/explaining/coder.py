@@ -10,7 +10,6 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +18,8 @@ WHOLE, LEAST = 1 << 64, 1 << 56  # the interval's size, and how small it may be 
 TOTAL = 1 << 28  # what a distribution's frequencies sum to, about
 STEPS = 256  # in which a factor of two is measured
 PER_NAT = STEPS / 0.6931471805599453  # steps in a factor of e
+Table = Sequence[int] | NDArray[np.int64]
+"""The symbols' shares as `cumulative` has them: from 0 up, each at least 1."""
 
 
 def _power(steps: int) -> int:
@@ -50,25 +51,14 @@ def cumulative(logits: NDArray[np.floating]) -> NDArray[np.int64]:
     return table
 
 
-class Coder(Protocol):
-    """What takes a symbol and its distribution: `Encoder` or `Decoder`."""
-
-    def code(self, table: Sequence[int] | NDArray[np.int64], symbol: int | None) -> int:
-        """Write ``symbol``, or read one where it is None; return it.
-
-        ``table`` holds the symbols' shares as `cumulative` has them: from 0 up, each at least 1.
-        """
-        ...
-
-
 class Encoder:
     """Writes symbols into a number."""
 
     def __init__(self) -> None:
         self._low, self._range, self._out = 0, WHOLE, bytearray()
 
-    def code(self, table: Sequence[int] | NDArray[np.int64], symbol: int | None) -> int:
-        """Narrow the interval to this symbol's share; see `Coder.code`."""
+    def code(self, table: Table, symbol: int | None) -> int:
+        """Narrow the interval to the share of ``symbol``, and return it."""
         assert symbol is not None
         step = self._range // int(table[-1])
         self._low += step * int(table[symbol])
@@ -100,12 +90,10 @@ class Decoder:
 
     def __init__(self, code: bytes) -> None:
         self._code, self._next, self._range = code, 8, WHOLE
-        self._above = int.from_bytes(
-            code[:8].ljust(8, b"\0")
-        )  # the number, less the interval's low
+        self._above = int.from_bytes(code[:8].ljust(8, b"\0"))  # the number, less the low end
 
-    def code(self, table: Sequence[int] | NDArray[np.int64], symbol: int | None = None) -> int:
-        """Find in whose share the number lies; see `Coder.code`."""
+    def code(self, table: Table, symbol: int | None = None) -> int:
+        """Find in whose share the number lies, and return that symbol; None was given for it."""
         assert symbol is None
         step = self._range // int(table[-1])
         symbol = bisect_right(table, min(self._above // step, int(table[-1]) - 1)) - 1
@@ -116,6 +104,9 @@ class Decoder:
             self._above, self._range = self._above << 8 | byte, self._range << 8
             self._next += 1
         return symbol
+
+
+Coder = Encoder | Decoder
 
 
 class Counts:

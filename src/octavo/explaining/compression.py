@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,8 +30,8 @@ from octavo.errors import CheckpointError, DataError, ParityError
 from octavo.explaining.coder import Coder, Counts, Decoder, Encoder, cumulative
 from octavo.explaining.engines import open_engine
 from octavo.generating.sampling import PRESETS
-from octavo.generating.writing import Slot, window_start
-from octavo.language_model import LanguageModel, start_ids
+from octavo.generating.writing import Slot, start_ids, window_start
+from octavo.language_model import LanguageModel
 from octavo.text.tokenizer import Tokenizer
 
 STREAMS = 16  # parts that go side by side
@@ -167,7 +168,7 @@ class Reader:
 
     def __init__(self, lm: LanguageModel, streams: int, threads: int | None = None) -> None:
         """Open the engine, with as many ``threads`` as another reader had."""
-        self.lm, self.streams = lm, streams
+        self.streams = streams
         self.vocab, self.block_size = lm.tokenizer.vocab_size, lm.config.block_size
         opened = open_engine(lm, streams, threads)
         self.engine, self.threads, self.name = opened.engine, opened.threads, opened.name
@@ -216,14 +217,14 @@ def _transcribe(
 
     What is escaped the model does not see: it goes on as if it were not there.
     """
-    count, size, streams = len(symbols), reader.vocab, range(reader.streams)
-    starts = [count * row // reader.streams for row in range(reader.streams + 1)]
-    texts: list[list[int]] = [[] for _ in streams]
+    count, size, streams = len(symbols), reader.vocab, reader.streams
+    starts = [count * row // streams for row in range(streams + 1)]
+    parts = [symbols[start:end] for start, end in pairwise(starts)]
+    texts: list[list[int]] = [[] for _ in parts]
     kinds, others = [Counts(2), Counts(2)], Counts(DROP + 1)  # by what the last symbol was
-    escaped = [0] * reader.streams
-    for position in range(max(starts[row + 1] - starts[row] for row in streams)):
-        at = {row: starts[row] + position for row in streams}
-        live = {row: symbols[at[row]] for row in streams if at[row] < starts[row + 1]}
+    escaped = [0] * streams
+    for position in range(max(map(len, parts))):
+        live = {row: part[position] for row, part in enumerate(parts) if position < len(part)}
         for row, symbol in live.items():
             kind = None if symbol is None else int(symbol >= size)
             escaped[row] = kinds[escaped[row]].code(coder, kind)

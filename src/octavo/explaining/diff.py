@@ -143,10 +143,8 @@ def _ratio(apart: float, norm: float) -> float | None:
 
 def _settings(a: _Side, b: _Side) -> dict[str, tuple[Any, Any]]:
     """Those that differ; where one is from elsewhere, the model's alone."""
-    everywhere = {name.partition(".")[0] for name in a.settings} & {
-        name.partition(".")[0] for name in b.settings
-    }
-    names = [name for name in a.settings | b.settings if name.partition(".")[0] in everywhere]
+    in_a, in_b = ({name.partition(".")[0] for name in side.settings} for side in (a, b))
+    names = [name for name in a.settings | b.settings if name.partition(".")[0] in in_a & in_b]
     pairs = {name: (a.settings.get(name), b.settings.get(name)) for name in names}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 

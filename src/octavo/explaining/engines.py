@@ -1,6 +1,5 @@
 """The engine a model writes with, opened by itself: its name, its threads and what it reads."""
 
-import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -40,9 +39,7 @@ def open_engine(lm: LanguageModel, slots: int = 1, threads: int | None = None) -
     engine = lm.open_engine(slots)
     if not isinstance(engine, NativeEngine):
         return _opened_torch(engine, lm.weights or "-")
-    asked = os.environ.get("OCTAVO_THREADS", "")
-    asked = int(asked) if asked.isdecimal() else None
-    threads = threads or choose_threads(asked, engine.model.bytes)
+    threads = choose_threads(threads, engine.model.bytes)
     stored = engine.model.tensors.items()
     arrays = ((name, a) for name, s in stored for a in (s.values, s.scale) if a is not None)
     name = f"native cpu {lm.weights or '-'} {source_key()[:8]}"

@@ -46,19 +46,12 @@ class Explained:
     @property
     def verbatim(self) -> float:
         """The share of the text, in bytes, that is part of such a piece."""
-        done = covered = 0
-        for span in self.spans:  # in order
-            covered += max(span.end - max(span.start, done), 0)
-            done = max(span.end, done)
-        return covered / max(sum(map(len, self.pieces)), 1)
+        covered = {byte for span in self.spans for byte in range(span.start, span.end)}
+        return len(covered) / max(sum(map(len, self.pieces)), 1)
 
 
 def explain(
-    lm: LanguageModel,
-    ids: Sequence[int],
-    written: int = 0,
-    corpus: str | None = None,
-    progress: bool = True,
+    lm: LanguageModel, ids: Sequence[int], written: int = 0, corpus: str | None = None
 ) -> Explained:
     """Read ``ids``, of which ``lm`` wrote the last ``written``, and look them up.
 
@@ -67,10 +60,10 @@ def explain(
     """
     check_ids(ids, vocab_size(lm))
     shown = ids[: most_tokens(lm.config.n_layer)]
-    reading = read(lm, shown, MOST_WEIGHTS, progress)
+    reading = read(lm, shown, MOST_WEIGHTS)
     if lm.has_tokenizer:
         source = training_text(lm.run, corpus)
-        spans = find_spans(lm.tokenizer.decode_bytes(shown), source.data, progress)
+        spans = find_spans(lm.tokenizer.decode_bytes(shown), source.data)
     else:
         no_text = "This model takes ids: there is no text to look up."
         source, spans = TrainingText("", remarks=[no_text]), []

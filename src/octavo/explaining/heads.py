@@ -4,9 +4,7 @@ Drawn by matplotlib (the extra ``viz``); lightness alone tells the weights, by t
 that it reads in grey and to colour-blind eyes. The same weights give the same bytes.
 """
 
-import io
 import math
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,12 +12,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from octavo.disk import write_atomic
 from octavo.errors import ConfigError
 from octavo.explaining.reading import check_ids, vocab_size
 from octavo.generating.recording import Recorder, token_text
 from octavo.language_model import LanguageModel
-from octavo.reporting.curves import BLUE, GRID, styled
+from octavo.reporting.curves import BLUE, GRID, picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,8 +49,8 @@ def labels(lm: LanguageModel, ids: Sequence[int]) -> list[str]:
 
 
 def visible(text: str) -> str:
-    """A token's text without anything that does not print, or that matplotlib would read."""
-    signs = {" ": "␣", "\n": "↵", "\t": "⇥", "$": r"\$"}
+    """A token's text without anything that does not print."""
+    signs = {" ": "␣", "\n": "↵", "\t": "⇥"}
     shown = "".join(signs.get(c, c if c.isprintable() else "·") for c in text)
     return shown if len(text) <= 14 else shown[:13] + "…"
 
@@ -68,8 +65,7 @@ def draw_heads(
 ) -> None:
     """Write a PNG of ``weights`` (layers, H, T, T): all heads, one layer's, one head's, or one map.
 
-    Raises `ConfigError` for a layer or head that is not there, `MissingExtraError` without
-    matplotlib and `ResourceError` when the disk refuses.
+    Raises `ConfigError` for a layer or head that is not there, else as `picture`.
     """
     layers = _chosen("layer", layer, weights.shape[0])
     heads = _chosen("head", head, weights.shape[1])
@@ -77,20 +73,13 @@ def draw_heads(
     columns = len(heads)
     if min(len(layers), len(heads)) == 1:  # a row of maps: fold it
         columns = math.ceil(math.sqrt(len(maps)))
-    with styled("drawing attention", {"axes.grid": False, "font.size": 9}):
-        from matplotlib.figure import Figure
-
-        side = min(max(14 / columns, 1.1), 7.0 if len(maps) == 1 else 3.2)  # inches of a map
-        rows = math.ceil(len(maps) / columns)
-        size = (columns * side + 1.5, rows * (side + 0.05) + 0.9)
-        figure = Figure(figsize=size, dpi=200 if max(size) < 20 else 120, layout="constrained")
-        figure.suptitle(title.replace("$", r"\$"), fontsize=11, fontweight="bold")
+    side = min(max(14 / columns, 1.1), 7.0 if len(maps) == 1 else 3.2)  # inches of a map
+    rows = math.ceil(len(maps) / columns)
+    size = (columns * side + 1.5, rows * (side + 0.05) + 0.9)
+    with picture(path, "drawing attention", size, title) as figure:
+        figure.set_dpi(200 if max(size) < 20 else 120)
+        figure.set_layout_engine("constrained", h_pad=0.04, w_pad=0.04)
         _draw(figure, maps, columns, rows, tokens, side)
-        buffer = io.BytesIO()
-        with warnings.catch_warnings():  # a script the font has not: boxes, and no lines about it
-            warnings.filterwarnings("ignore", message="Glyph")
-            figure.savefig(buffer, format="png", metadata={"Software": None})
-    write_atomic(Path(path), buffer.getvalue())
 
 
 def _chosen(what: str, number: int | None, count: int) -> Sequence[int]:

@@ -6,9 +6,7 @@ piece to Python: of it are measured the prompt and the writing, against arithmet
 """
 
 import dataclasses
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from octavo.adapting.lora import trainable_parameters
 from octavo.config import Config
 from octavo.errors import ConfigError
 from octavo.explaining.engines import Opened, open_engine
@@ -27,6 +26,7 @@ from octavo.explaining.roofline import (
     measure_machine,
     products,
     synchronize,
+    timed,
     training_work,
 )
 from octavo.explaining.tracing import Times, named, trace
@@ -38,6 +38,7 @@ from octavo.model.counts import cache_bytes
 from octavo.text.batches import Batches
 from octavo.text.files import counted
 from octavo.training.display import Display
+from octavo.training.hardware import peak_memory
 from octavo.training.learner import Learner, build_learner, choose_precision, optimizer_step
 from octavo.training.task import Task
 
@@ -77,8 +78,6 @@ HELP = {
     ("generate", "memory"): "fewer bits (octavo quantize) or several texts at once would help",
     ("generate", "overhead"): "several texts at once would help",
 }
-Watch = Callable[[int, int], object]
-"""Told how many of how many steps are done."""
 
 
 @dataclass(frozen=True)
@@ -140,15 +139,19 @@ class Profile:
 
 
 def profile_training(
-    task: Task, steps: int, path: Path | None = None, watch: Watch = lambda done, of: None
+    task: Task,
+    steps: int,
+    path: Path | None = None,
+    watch: Callable[[int, int], object] = lambda done, of: None,
 ) -> Profile:
     """Take ``steps`` optimizer steps as they are and as many under the tracer.
 
-    Only the settings, the batches and the base of ``task`` matter. ``path`` gets a Chrome trace.
+    Only the settings, the batches and the base of ``task`` matter. ``path`` gets a Chrome trace;
+    ``watch`` is told how many of how many steps are done.
     """
     config, remarks = _simplified(task.config)
     device = choose_device(config.train.device)
-    before = _highest_memory(device)
+    before = peak_memory(device)
     learner = build_learner(dataclasses.replace(task, config=config), device, Display(quiet=True))
     learner.loss = named("loss", learner.loss)
     done = 0
@@ -164,8 +167,8 @@ def profile_training(
             step()
 
     step()  # the optimizer's averages are made in the first
-    seconds = statistics.median(_timed(step) for _ in range(steps))
-    memory = _highest_memory(device) - before
+    seconds = statistics.median(timed(step) for _ in range(steps))
+    memory = peak_memory(device) - before
     times = trace(all_steps, learner.model, path)
     precision = choose_precision(config.train.precision, device)
     machine = measure_machine(device, precision)
@@ -186,9 +189,8 @@ def profile_training(
 def _training_work(learner: Learner, shape: tuple[int, int], number: int) -> dict[str, Work]:
     """Work by part of a step on micro-batches (B, T), whose products read ``number`` bytes each."""
     config = learner.task.config
-    adapters = config.lora.rank or config.finetune.head_only
-    trained = sum(p.numel() for p in learner.model.parameters() if p.requires_grad)
-    times = 2 if adapters else 3
+    trained = trainable_parameters(learner.model)
+    times = 2 if config.lora.rank or config.finetune.head_only else 3
     return training_work(config.model, shape, config.train.grad_accum, trained, times, number)
 
 
@@ -207,7 +209,7 @@ def profile_writing(lm: LanguageModel, tokens: int, path: Path | None = None) ->
     `ConfigError`.
     """
     device = choose_device(lm.device if lm.run else "auto")
-    before = _highest_memory(device)
+    before = peak_memory(device)
     opened = open_engine(lm)
     if opened.native and path is not None:
         raise ConfigError(
@@ -215,11 +217,17 @@ def profile_writing(lm: LanguageModel, tokens: int, path: Path | None = None) ->
             fix="OCTAVO_ENGINE=torch octavo profile RUN --what generate --trace FILE.json",
         )
     half = max(1, lm.config.block_size // 2)
-    writer = _Writer(opened.engine, lm.config.vocab_size, half, min(tokens, half))
-    prompt, writing = writer.measure()
-    memory = _highest_memory(device) - before
+    tokens = min(tokens, half)
+    read, write = _reader_and_writer(opened.engine, lm.config.vocab_size, half, tokens)
+    read()
+    write()
+    pairs, end = [], time.perf_counter() + WRITE_SECONDS
+    while not pairs or time.perf_counter() < end:
+        pairs.append((timed(read), timed(write)))
+    prompt, writing = (statistics.median(seconds) for seconds in zip(*pairs, strict=True))
+    memory = peak_memory(device) - before
     machine = measure_machine(device)
-    moved = _decoding_work(lm, opened, half, writer.tokens)
+    moved = _decoding_work(lm, opened, half, tokens)
     shared = dict(
         what="generate",
         where=f"{' '.join(opened.name.split()[:2])}, {counted(opened.threads, 'thread')}",
@@ -227,56 +235,39 @@ def profile_writing(lm: LanguageModel, tokens: int, path: Path | None = None) ->
         memory_bytes=memory,
         writing={
             "prompt_tokens_per_s": half / prompt,
-            "tokens_per_s": writer.tokens / writing,
-            "bytes_per_token": _sum(moved).bytes / writer.tokens,
+            "tokens_per_s": tokens / writing,
+            "bytes_per_token": _sum(moved).bytes / tokens,
         },
     )
     if opened.native:
-        passes = -(-half // CHUNK)
-        read = _sum(products(lm.config, half, passes, half))
-        rows = [
-            _row("prompt", prompt, 0.0, prompt + writing, read, machine),
-            _row("writing", writing, 0.0, prompt + writing, _sum(moved), machine),
-        ]
-        return Profile(seconds=prompt + writing, tokens=half + writer.tokens, rows=rows, **shared)
-    writer.read()
-    times = trace(writer.write, lm.model, path)
+        reading, seconds = products(lm.config, half, -(-half // CHUNK), half), prompt + writing
+        work = {"prompt": _sum(reading), "writing": _sum(moved)}
+        rows = _rows({"prompt": [prompt, 0.0], "writing": [writing, 0.0]}, seconds, work, machine)
+        return Profile(seconds=seconds, tokens=half + tokens, rows=rows, **shared)
+    read()
+    times = trace(write, lm.model, path)
     parts = _taken_apart(times, 1, writing, moved, machine)
-    return Profile(seconds=writing, tokens=writer.tokens, **parts, **shared)
+    return Profile(seconds=writing, tokens=tokens, **parts, **shared)
 
 
-class _Writer:
-    """A text written again and again: a prompt is read, then tokens follow."""
+def _reader_and_writer(
+    engine: Engine, vocab: int, prompt: int, tokens: int
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """What reads a prompt anew, its first token drawn with it, and what writes on from there."""
+    ids = np.random.default_rng(0).integers(0, vocab, prompt).tolist()
+    slot = Slot(0, ids, 0, PRESETS["greedy"], prompt)
 
-    def __init__(self, engine: Engine, vocab: int, prompt: int, tokens: int) -> None:
-        self.engine, self.tokens = engine, tokens
-        self.prompt = np.random.default_rng(0).integers(0, vocab, prompt).tolist()
-        self.slot = self._new()
+    def read() -> None:
+        engine.release(0)
+        slot.ids = ids[:]
+        slot.ids += engine.step([slot])[0]
 
-    def _new(self) -> Slot:
-        return Slot(0, list(self.prompt), 0, PRESETS["greedy"], len(self.prompt))
+    def write() -> None:
+        end = len(slot.ids) + tokens
+        while (left := end - len(slot.ids)) > 0:
+            slot.ids += engine.step([slot], left)[0]
 
-    def read(self) -> None:
-        """Read the prompt anew; its first token is drawn with it."""
-        self.engine.release(0)
-        self.slot = self._new()
-        self.slot.ids += self.engine.step([self.slot])[0]
-
-    def write(self) -> None:
-        """Write the tokens."""
-        end = len(self.slot.ids) + self.tokens
-        while (left := end - len(self.slot.ids)) > 0:
-            self.slot.ids += self.engine.step([self.slot], left)[0]
-
-    def measure(self) -> tuple[float, float]:
-        """Seconds of each, the medians over a second or so."""
-        self.read()
-        self.write()
-        pairs, end = [], time.perf_counter() + WRITE_SECONDS
-        while not pairs or time.perf_counter() < end:
-            pairs.append((_timed(self.read), _timed(self.write)))
-        prompt, writing = (statistics.median(seconds) for seconds in zip(*pairs, strict=True))
-        return prompt, writing
+    return read, write
 
 
 def _decoding_work(lm: LanguageModel, opened: Opened, prompt: int, tokens: int) -> dict[str, Work]:
@@ -303,30 +294,32 @@ def _taken_apart(
     traced = sum(times.modules.values()) / steps
     on_gpu = machine.device != "cpu"
     scale = (min(1.0, seconds / traced) if on_gpu else seconds / traced) / steps
-    rows = {part: {"forward": 0.0, "backward": 0.0} for part in [*NAMES, "rest"]}
+    parts = {part: [0.0, 0.0] for part in [*NAMES, "rest"]}
     layers: dict[str, float] = {}
     for (module, phase), spent in times.modules.items():
-        rows[_part_of(module)][phase] += scale * spent
+        parts[_part_of(module)][phase == "backward"] += scale * spent
         if module.startswith("blocks."):
             layer = ".".join(module.split(".")[:2])
             layers[layer] = layers.get(layer, 0.0) + scale * spent
-    rows["idle"]["forward"] = max(seconds - scale * steps * traced, 0.0) if on_gpu else 0.0
-    rows = [
-        _row(part, spent["forward"], spent["backward"], seconds, work.get(part, Work()), machine)
-        for part, spent in rows.items()
-        if any(spent.values())
-    ]
+    parts["idle"][0] = max(seconds - scale * steps * traced, 0.0) if on_gpu else 0.0
     longest = sorted(times.operations.items(), key=lambda item: -item[1])
     operations = {name: scale * spent for name, spent in longest}
-    return {"rows": rows, "layers": dict(layers), "operations": operations}
+    rows = _rows(parts, seconds, work, machine)
+    return {"rows": rows, "layers": layers, "operations": operations}
 
 
-def _row(
-    part: str, forward: float, backward: float, step: float, work: Work, machine: Machine
-) -> Row:
-    seconds = forward + backward
-    bound, of_roof = machine.bound(work, seconds), machine.seconds(work) / seconds
-    return Row(part, forward, backward, seconds / step, work.flops, work.bytes, bound, of_roof)
+def _rows(
+    parts: Mapping[str, list[float]], step: float, work: Mapping[str, Work], machine: Machine
+) -> list[Row]:
+    """One for each part that takes any of a step's seconds, given as forward and backward ones."""
+    rows = []
+    for part, (forward, backward) in parts.items():
+        if seconds := forward + backward:
+            does = work.get(part, Work())
+            limits = machine.bound(does, seconds), machine.seconds(does) / seconds
+            share = seconds / step
+            rows.append(Row(part, forward, backward, share, does.flops, does.bytes, *limits))
+    return rows
 
 
 def _part_of(module: str) -> str:
@@ -355,17 +348,3 @@ def _where(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {counted(torch.get_num_threads(), 'thread')}"
-
-
-def _highest_memory(device: torch.device) -> int:
-    """Bytes at the highest so far: the allocator's on a GPU, else the process's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _timed(what: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    what()
-    return time.perf_counter() - start

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,8 +28,7 @@ ALTERNATIVES = 6  # of each token
 ROWS = 64  # positions whose logits are held at once: (rows, V) is the largest array
 
 
-@dataclass(frozen=True)
-class Window:
+class Window(NamedTuple):
     """A stretch of the text that is read at once; it gives the answers from ``first`` on.
 
     Positions before ``first`` are its context only: an earlier window has answered for them.
@@ -82,18 +82,12 @@ def windows(length: int, block_size: int) -> list[Window]:
     When block_size tokens are full the oldest half is dropped.
     """
     starts = sorted({window_start(end, block_size) for end in range(1, length + 1)})
-    found, done = [], 0
-    for start in starts:
-        end = min(start + block_size, length)
-        found.append(Window(start, done, end))
-        done = end
-    return found
+    ends = [min(start + block_size, length) for start in starts]
+    return list(map(Window, starts, [0, *ends], ends))
 
 
 @torch.inference_mode()
-def read(
-    lm: LanguageModel, ids: Sequence[int], most_weights: int = 0, progress: bool = True
-) -> Reading:
+def read(lm: LanguageModel, ids: Sequence[int], most_weights: int = 0) -> Reading:
     """Read ``ids``; attention is kept of the first tokens, ``most_weights`` numbers at most.
 
     Probabilities are over the tokenizer's vocabulary: padding is never written. Raises
@@ -107,14 +101,16 @@ def read(
             fix="octavo attention RUN shows what it looks at",
         )
     check_ids(ids, vocab)
-    text = torch.tensor(ids, device=model.tok_emb.weight.device)
+    text = torch.tensor([*ids, ids[0]], device=model.tok_emb.weight.device)
     looked = attended_tokens(lm, len(ids), most_weights)
     plan = windows(len(ids), lm.config.block_size)
     attention: list[np.ndarray] = []
     pieces = _answers(model, text, plan, looked, attention, vocab)
     count = sum(math.ceil((window.end - window.first) / ROWS) for window in plan)
-    parts = list(watched(pieces, count, "reading") if progress else pieces)
+    parts = list(watched(pieces, count, "reading"))
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    for name, nothing in (("probability", math.nan), ("rank", 0), ("lens_probability", math.nan)):
+        columns[name][-1] = nothing  # the first token, put there, does not really come next
     return Reading(np.array(ids), plan, **columns, attention=attention)
 
 
@@ -135,10 +131,8 @@ def check_ids(ids: Sequence[int], vocab: int) -> None:
 
 def attended_tokens(lm: LanguageModel, length: int, most_weights: int) -> int:
     """How many of the first tokens of a text have no more weights in all than ``most_weights``."""
-    starts = np.empty(length, dtype=np.int64)
-    for window in windows(length, lm.config.block_size):
-        starts[window.first : window.end] = window.start
-    keys = np.arange(length) - starts + 1
+    plan = windows(length, lm.config.block_size)
+    keys = np.concatenate([np.arange(w.first, w.end) - w.start + 1 for w in plan])
     weights = np.cumsum(keys) * lm.config.n_layer * lm.config.n_head
     return int((weights <= most_weights).sum())
 
@@ -153,7 +147,8 @@ def _answers(
 ) -> Iterator[dict[str, np.ndarray]]:
     """The columns of a `Reading`, a few rows at a time.
 
-    What the first ``looked`` tokens look at is appended to ``attention``.
+    ``text`` has one token more than are answered for. What the first ``looked`` of them look at is
+    appended to ``attention``.
     """
     for window in plan:
         first = window.first - window.start
@@ -174,14 +169,11 @@ def _streams(model: GPT) -> Iterator[list[Tensor]]:
     """The residual stream (T, D) before the first block and after each, of the pass made inside."""
     kept: list[Tensor] = []
 
-    def before(block: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         kept.append(args[0][0])
 
-    def after(block: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        kept.append(output[0])
-
-    hooks = [model.blocks[0].register_forward_pre_hook(before)]
-    hooks += [block.register_forward_hook(after) for block in model.blocks]
+    readers = [*model.blocks, model.norm_f]  # each reads what the one before has left
+    hooks = [module.register_forward_pre_hook(keep) for module in readers]
     try:
         yield kept
     finally:
@@ -198,23 +190,16 @@ def _judge(
     """
     for start in range(0, len(streams[0]), ROWS):
         rows = [stream[start : start + ROWS] for stream in streams]
-        wanted = following[start : start + ROWS]
+        wanted = following[start : start + ROWS, None]
         layers = [model.lm_head(model.norm_f(row)).float()[:, :vocab] for row in rows]
         lens = [logits.softmax(-1) for logits in layers]
         best = [p.max(-1) for p in lens]
-        final, count = lens[-1], len(rows[0])
+        of_wanted = torch.cat([p.gather(1, wanted) for p in lens], 1)
+        final, logits = lens[-1], layers[-1]
         top = final.topk(min(ALTERNATIVES, vocab))
-        of_wanted = torch.full((count, len(lens)), math.nan)
-        rank = torch.zeros(count, dtype=torch.int32)
-        if len(wanted):  # all rows, or all but the text's last
-            index = wanted[:, None]
-            own = [p[: len(wanted)].gather(1, index)[:, 0] for p in lens]
-            of_wanted[: len(wanted)] = torch.stack(own, 1).cpu()
-            logits = layers[-1][: len(wanted)]
-            rank[: len(wanted)] = 1 + (logits > logits.gather(1, index)).sum(1).int().cpu()
         columns = {
             "probability": of_wanted[:, -1],
-            "rank": rank,
+            "rank": 1 + (logits > logits.gather(1, wanted)).sum(1).int(),
             "entropy": -torch.xlogy(final, final).sum(-1) / math.log(2),
             "top_ids": top.indices.int(),
             "top_probability": top.values,

@@ -132,15 +132,23 @@ def products(
 
 def _best(what: Callable[[], object], device: torch.device) -> float:
     """Seconds of the fastest call."""
-    best, end = float("inf"), time.perf_counter() + MEASURE_SECONDS
-    what()
-    while time.perf_counter() < end or best == float("inf"):
-        synchronize(device)
-        start = time.perf_counter()
+
+    def whole() -> None:
         what()
         synchronize(device)
-        best = min(best, time.perf_counter() - start)
+
+    whole()
+    best, end = timed(whole), time.perf_counter() + MEASURE_SECONDS
+    while time.perf_counter() < end:
+        best = min(best, timed(whole))
     return best
+
+
+def timed(what: Callable[[], object]) -> float:
+    """The seconds it takes."""
+    start = time.perf_counter()
+    what()
+    return time.perf_counter() - start
 
 
 def synchronize(device: torch.device) -> None:

@@ -7,6 +7,7 @@ a few seconds.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 
@@ -30,13 +31,13 @@ class Span:
     place: int
 
 
-def find_spans(text: bytes, corpus: bytes, progress: bool = True) -> list[Span]:
+def find_spans(text: bytes, corpus: bytes) -> list[Span]:
     """Every piece of ``text`` of at least 24 bytes that stands in ``corpus`` and is part of no
     longer one that does, in order.
     """
     places: dict[bytes, int] = {}  # of each piece, where it stands
     seen: set[bytes] = set()
-    for start, end in _candidates(text, corpus, progress):
+    for start, end in _candidates(text, corpus):
         region = corpus[start:end]
         if region in seen:  # rulers and indentation come by the thousand
             continue
@@ -47,7 +48,7 @@ def find_spans(text: bytes, corpus: bytes, progress: bool = True) -> list[Span]:
     return _longest(text, places)
 
 
-def _candidates(text: bytes, corpus: bytes, progress: bool) -> list[tuple[int, int]]:
+def _candidates(text: bytes, corpus: bytes) -> list[tuple[int, int]]:
     """Where in ``corpus`` so many hashes in a row are the text's that a piece may stand there."""
     wanted = np.unique(_hashes(np.frombuffer(text, np.uint8)))
     if not len(wanted):
@@ -57,9 +58,7 @@ def _candidates(text: bytes, corpus: bytes, progress: bool) -> list[tuple[int, i
     maybe[wanted >> shift] = True
     data, found = np.frombuffer(corpus, np.uint8), [np.empty(0, np.int64)]
     starts = range(0, max(len(data) - SEED + 1, 0), STRETCH)
-    for start in (
-        watched(starts, len(starts), "searching the training text") if progress else starts
-    ):
+    for start in watched(starts, len(starts), "searching the training text"):
         hashes = _hashes(data[start : start + STRETCH + SEED - 1])
         near = np.flatnonzero(maybe[hashes >> shift])
         index = np.searchsorted(wanted[:-1], hashes[near])
@@ -79,8 +78,6 @@ def _hashes(data: np.ndarray) -> np.ndarray:
     hashes = (data.astype(np.uint64) + np.uint64(1)) * np.uint64(BASE)
     hashes ^= hashes >> np.uint64(29)  # else the bytes' differences would survive the sums
     for width in (1, 2, 4, 8):
-        if len(hashes) <= width:
-            return hashes[:0]
         hashes = hashes[:-width] * np.uint64(pow(BASE, width, 2**64)) + hashes[width:]
     return hashes
 
@@ -113,13 +110,9 @@ def _longest(text: bytes, places: dict[bytes, int]) -> list[Span]:
             break
         found, reach = None, max(reach, start + SHORTEST - 1)
         for piece, at in begins.get(text[start : start + SHORTEST], ()):
-            if piece[at : at + reach + 1 - start] != text[start : reach + 1]:
-                continue
-            while (
-                reach < len(text)
-                and piece[at + reach - start : at + reach - start + 1] == text[reach : reach + 1]
-            ):
-                reach += 1
-            found = Span(start, reach, places[piece] + at)
+            if piece[at : at + reach + 1 - start] == text[start : reach + 1]:
+                ahead = zip(piece[at + reach - start :], text[reach:], strict=False)
+                reach += sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], ahead))
+                found = Span(start, reach, places[piece] + at)
         spans += [found] if found else []
     return spans

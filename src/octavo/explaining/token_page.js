@@ -1,5 +1,5 @@
 "use strict";
-// Draws what the JSON of the page holds; octavo/explaining/figures.py says how it is laid out.
+// Draws what the JSON of the page holds; token_page.py says how it is laid out.
 
 const page = JSON.parse(document.getElementById("data").textContent);
 const bytes = (name) => Uint8Array.from(atob(page[name]), (c) => c.charCodeAt(0));

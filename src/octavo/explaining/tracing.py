@@ -27,11 +27,10 @@ RANGE, NODE = "octavo:", "autograd::engine::evaluate_function"
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds by (module, "forward" or "backward") and by operation, and the operations' calls."""
+    """Seconds by (module, "forward" or "backward") and by operation."""
 
     modules: dict[tuple[str, str], float] = field(default_factory=lambda: defaultdict(float))
     operations: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    calls: dict[str, int] = field(default_factory=lambda: defaultdict(int))
 
 
 def trace(what: Callable[[], Any], model: nn.Module, path: Path | None = None) -> Times:
@@ -54,9 +53,9 @@ def trace(what: Callable[[], Any], model: nn.Module, path: Path | None = None) -
 def named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """The function in a range, as if it were a module of that name."""
 
-    def call(*args: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
         with record_function(RANGE + name):
-            return function(*args)
+            return function(*args, **kwargs)
 
     return call
 
@@ -64,24 +63,14 @@ def named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 @contextmanager
 def module_ranges(model: nn.Module) -> Iterator[None]:
     """Put a range with its name around every call of every module."""
-    open_ranges: list[record_function] = []
-
-    def enter(name: str) -> Callable[..., None]:
-        return lambda module, args: open_ranges.append(record_function(RANGE + name).__enter__())
-
-    def leave(module: nn.Module, args: Any, result: Any) -> None:
-        open_ranges.pop().__exit__(None, None, None)
-
-    handles = []
-    for name, module in model.named_modules():
-        if name:
-            handles.append(module.register_forward_pre_hook(enter(name)))
-            handles.append(module.register_forward_hook(leave, always_call=True))
+    modules = {name: module for name, module in model.named_modules() if name}
+    for name, module in modules.items():
+        module.forward = named(name, module.forward)
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for module in modules.values():
+            del module.forward
 
 
 def attribute(events: Iterable[FunctionEvent], on_gpu: bool) -> Times:
@@ -105,5 +94,4 @@ def attribute(events: Iterable[FunctionEvent], on_gpu: bool) -> Times:
         times.modules[module, phase] += own / 1e6
         if event.name.startswith("aten::"):
             times.operations[event.name] += own / 1e6
-            times.calls[event.name] += 1
     return times

@@ -1,9 +1,8 @@
 """The text a run learned from, found again and compared with what it was, to look things up in."""
 
 import bisect
-import hashlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +10,7 @@ from octavo.checkpoint import Run
 from octavo.errors import DataError, OctavoError
 from octavo.manifest import read_json
 from octavo.text.corpus import read_corpus
-from octavo.text.files import RECORD_SUFFIXES, decode, find_files, read_bytes, records
+from octavo.text.files import read_records
 from octavo.text.shards import Dataset
 from octavo.text.token_files import watched
 from octavo.training.source import PIPED
@@ -82,19 +81,16 @@ def training_text(run: Run | None, corpus: str | None = None) -> TrainingText:
 
 
 def _within_reason(
-    name: str, documents: list[bytes], remarks: list[str] | None = None, val_fraction: float = 0.0
+    name: str, documents: list[bytes], remarks: Sequence[str] = (), val_fraction: float = 0.0
 ) -> TrainingText:
     """As much of the documents as can be searched in a moment."""
-    remarks, total = remarks or [], sum(map(len, documents))
-    if total > MOST:
-        remarks.append(
-            f"Of the {total / 1e6:,.0f} MB of {name} the first {MOST / 1e6:,.0f} MB were searched."
-        )
-        ends = list(itertools.accumulate(map(len, documents)))
-        whole = bisect.bisect_right(ends, MOST)
-        rest = MOST - (ends[whole - 1] if whole else 0)
-        documents, val_fraction = [*documents[:whole], documents[whole][:rest]], 0.0
-    return TrainingText(name, documents, remarks, val_fraction)
+    *starts, total = 0, *itertools.accumulate(map(len, documents))
+    if total <= MOST:
+        return TrainingText(name, documents, [*remarks], val_fraction)
+    parts = zip(documents, starts, strict=True)
+    kept = [document[: MOST - start] for document, start in parts if start < MOST]
+    said = f"Of the {total / 1e6:,.0f} MB of {name} the first {MOST / 1e6:,.0f} MB were searched."
+    return TrainingText(name, kept, [*remarks, said])
 
 
 def _documents(run: Run) -> tuple[list[bytes], str, bool]:
@@ -103,8 +99,10 @@ def _documents(run: Run) -> tuple[list[bytes], str, bool]:
     assert data.source is not None
     apart = data.val_source is not None
     if data.kind != "text":
-        items = [data.source] if isinstance(data.source, str) else data.source
-        return *_strings(items), True  # examples are validated on here and there
+        records, _, sha256 = read_records(data.source)
+        texts = [text for record in records for text in _texts_in(record.values)]
+        encoded = [text.encode("utf-8", "replace") for text in texts]
+        return encoded, sha256, True  # examples are validated on here and there
     dataset = Dataset.find(data.source)
     if dataset is not None:
         has_val = apart or any(shard["split"] == "val" for shard in dataset.shards)
@@ -112,18 +110,6 @@ def _documents(run: Run) -> tuple[list[bytes], str, bool]:
     piped = run.path / PIPED
     corpus = read_corpus(str(piped) if data.source == "-" else data.source, data.field)
     return [document.encode() for document in corpus.documents], corpus.sha256, apart
-
-
-def _strings(items: Iterable[str]) -> tuple[list[bytes], str]:
-    """Every text in the records of files, and the SHA-256 of the files' bytes, joined."""
-    digest, found = hashlib.sha256(), list[bytes]()
-    paths = [path for item in items for path in find_files(item, RECORD_SUFFIXES)[0]]
-    for path in dict.fromkeys(paths):
-        data = read_bytes(path)
-        digest.update(data)
-        for record in records(decode(data, path), path):
-            found += [text.encode("utf-8", "replace") for text in _texts_in(record.values)]
-    return found, digest.hexdigest()
 
 
 def _texts_in(value: Any) -> Iterator[str]:

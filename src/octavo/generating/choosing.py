@@ -24,7 +24,8 @@ def native_model(
     """The weights as the native engine reads them; None where PyTorch is to write.
 
     That is for adapters that were not packed with their base, for classifiers, on GPUs, and, said
-    once, where nothing can be compiled. With ``engine`` native these are a `ConfigError`.
+    once, where nothing can be compiled or the model has a part that native.cpp has not. With
+    ``engine`` native these are a `ConfigError`.
     """
     wanted = engine == "native"
     if engine == "torch" or not (wanted or on_cpu(device)):
@@ -40,12 +41,13 @@ def native_model(
 
     try:
         load_library()
+        return open_model(run, checkpoint, weights)
     except NoLibraryError as reason:
+        what = f"the native engine is not here: {reason}"
         if wanted:
-            raise ConfigError(f"the native engine is not here: {reason}") from None
-        tell_once(f"the native engine is not here: {reason}; PyTorch writes, more slowly")
+            raise ConfigError(what) from None
+        tell_once(f"{what}; PyTorch writes, more slowly")
         return None
-    return open_model(run, checkpoint, weights)
 
 
 @functools.cache

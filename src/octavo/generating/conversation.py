@@ -6,16 +6,17 @@ text so far. Needs no torch.
 
 import json
 import secrets
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from octavo.disk import write_atomic
 from octavo.errors import ConfigError, ResourceError
-from octavo.generating.sampling import PRESETS, Sampling
+from octavo.generating.sampling import Sampling, make_sampling
 from octavo.generating.terminal import flow, typed
 from octavo.generating.writing import write
-from octavo.settings import nearest
+from octavo.model_config import Count
+from octavo.settings import convert, unknown_key
 from octavo.text.chat import ChatTemplate, encode_chat
 
 LENGTH = "max_new_tokens"
@@ -41,9 +42,8 @@ class Conversation:
         self.tokenizer, self.block_size = lm.tokenizer, lm.config.block_size
         self.template = ChatTemplate.load(lm.home) if lm.home else None
         self.engine = lm.open_engine(1)
-        self.sampling, self.max_new_tokens, self.stops = sampling, max_new_tokens, list(stops)
-        if self.template:  # a blank line ends a turn where no token does
-            self.stops.append(self.template.eos_token or "\n\n")
+        self.sampling, self.max_new_tokens = sampling, max_new_tokens
+        self.stops = [*stops, self.template.stop] if self.template else stops
         self.turns: list[dict[str, str]] = []
         self.told = False
         self.saved: Path | None = None
@@ -130,30 +130,21 @@ class Conversation:
 
     def _set(self, words: str) -> str:
         """Change one setting; say it, or all."""
-        values: dict[str, Any] = {LENGTH: self.max_new_tokens, **asdict(self.sampling)}
+        sampled: dict[str, Any] = asdict(self.sampling)
+        known = {LENGTH: self.max_new_tokens, **sampled}
         name, _, value = words.replace("=", " ", 1).partition(" ")
-        name = name.replace("-", "_")
-        if name == "preset" and value.strip() in PRESETS:
-            self.sampling = replace(PRESETS[value.strip()], seed=self.sampling.seed)
-            return f"preset {value.strip()}"
+        name, value = name.replace("-", "_"), value.strip()
         if not name:
-            return "\n".join(f"{key} {known}" for key, known in values.items())
-        if name not in values:
-            guess = nearest(name, ["preset", *values])
-            fix = f"did you mean {guess}?" if guess else "/set shows what there is"
-            raise ConfigError(f"there is no setting {name} {value}".rstrip(), fix=fix)
-        try:
-            number = type(values[name])(value)
-        except ValueError:
-            kind = "a whole number" if isinstance(values[name], int) else "a number"
-            raise ConfigError(f"{name} takes {kind}, not {value!r}") from None
-        if name != LENGTH:
-            self.sampling = replace(self.sampling, **{name: number})
-        elif number < 1:
-            raise ConfigError(f"{name} is {number}", fix="give 1 or more")
+            return "\n".join(f"{key} {now}" for key, now in known.items())
+        if name == "preset":
+            self.sampling = make_sampling(value, seed=self.sampling.seed)
+        elif name == LENGTH:
+            self.max_new_tokens = convert(value, Count, name)
+        elif name in known:
+            self.sampling = Sampling(**sampled | {name: value})
         else:
-            self.max_new_tokens = number
-        return f"{name} {number}"
+            raise unknown_key("", name, dict.fromkeys(["preset", *known], ()), "")
+        return f"{name} {value}"
 
     def _save(self, file: str) -> str:
         """As a line of JSON, which `octavo finetune` takes; a base model's as plain text."""

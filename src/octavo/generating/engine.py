@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from octavo.errors import ConfigError, NonFiniteError
+from octavo.errors import NonFiniteError
 from octavo.generating.sampling import pick, top_logprobs
 from octavo.generating.static import Record, StaticStep, cuda_graph, flash_attention
-from octavo.generating.writing import Slot, window_start
+from octavo.generating.writing import Slot, no_token, window_start
 from octavo.model.attention import sdpa
 from octavo.model.gpt import GPT
 from octavo.model.kv_cache import KVCache
@@ -157,10 +157,7 @@ class TorchEngine:
         width, size = max(map(len, rows)), self.model.config.vocab_size
         for row in rows:
             if min(row) < 0 or max(row) >= size:
-                wrong = next(i for i in row if not 0 <= i < size)
-                raise ConfigError(
-                    f"the model has no token {wrong}", f"its vocabulary is 0 to {size - 1}"
-                )
+                raise no_token(next(i for i in row if not 0 <= i < size), size)
         padded = [row + [0] * (width - len(row)) for row in rows]
         return torch.tensor(padded, device=self.model.tok_emb.weight.device)
 

@@ -17,7 +17,6 @@
 #include <initializer_list>
 #include <memory>
 #include <new>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -676,8 +675,4 @@ OCTAVO_EXPORT int32_t octavo_pick(const float* logits, int64_t vocab, const int3
     } catch (octavo::NonFinite) {
         return -1;
     }
-}
-
-OCTAVO_EXPORT double octavo_uniform(uint64_t seed, uint64_t n, uint64_t position) {
-    return octavo::uniform(seed, n, position);
 }

@@ -20,7 +20,6 @@ neon or scalar.
 """
 
 import ctypes
-import json
 import math
 import os
 import threading
@@ -29,26 +28,27 @@ from array import array
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 
 from octavo.checkpoint import MODEL, Run
-from octavo.errors import CheckpointError, ConfigError, NonFiniteError, ResourceError
+from octavo.errors import CheckpointError, ConfigError, ResourceError
 from octavo.generating import native_structures as c
 from octavo.generating.choosing import tell_once
-from octavo.generating.native_build import load_library
-from octavo.generating.native_tables import rope_table, tensor_shapes
-from octavo.generating.writing import Slot
-from octavo.manifest import naming_a_way_out, verified
-from octavo.model_config import ModelConfig
-from octavo.packed import Storage, Stored, map_tensors, open_packed
+from octavo.generating.native_build import NoLibraryError, load_library
+from octavo.generating.sampling import not_finite
+from octavo.generating.writing import Slot, no_token
+from octavo.manifest import naming_a_way_out
+from octavo.model.counts import tensor_shapes
+from octavo.model.rope import Floats, rope_frequencies
+from octavo.model_config import Count, ModelConfig
+from octavo.packed import Storage, Stored, open_packed
+from octavo.settings import convert
 
 SLICE = 0.025  # seconds after which a step returns with what it has
 CHUNK = 128  # tokens that go through the model at once
 THREAD_BYTES = 4 << 20  # of weights that are worth a thread: with less it waits more than it works
 LONGEST_STEP = 1024  # tokens a slot in one step, more than a slice of time can hold
-CacheKind = Literal["fp32", "fp16"]
 
 
 class NativeModel:
@@ -57,18 +57,16 @@ class NativeModel:
     def __init__(self, config: ModelConfig, tensors: Mapping[str, Stored]) -> None:
         """Take tensors by the names of ``GPT.state_dict``, tied ones under both names.
 
-        Raises `CheckpointError` where names or shapes are not those of ``config``.
+        Raises `NoLibraryError` for a part that native.cpp has not, and `CheckpointError` where
+        names or shapes are not those of ``config``.
         """
-        _check_shapes(config, tensors)
         self.config, self.tensors = config, tensors
         self.tables = rope_table(config) if config.uses_rope else ()
         self.blocks = (c.Block * config.n_layer)()
-        for layer, block in enumerate(self.blocks):
-            for part, names in (("attn", c.ATTENTION), ("mlp", c.MLP), (None, c.NORMS)):
-                for name in names:
-                    where = ".".join(filter(None, ("blocks", str(layer), part, name)))
-                    self._fill(getattr(block, name), where)
-        self.struct = self._make_struct()
+        self.struct = self._empty()
+        _check_shapes(config, tensors)
+        for name, stored in tensors.items():
+            self._place(name, stored)
 
     @property
     def bytes(self) -> int:
@@ -81,30 +79,28 @@ class NativeModel:
         """Whether any tensor is kept in less than fp32."""
         return any(tensor.storage.kind != "fp32" for tensor in self.tensors.values())
 
-    def _make_struct(self) -> c.Model:
+    def _empty(self) -> c.Model:
+        """The model's structure, which points at no tensor yet."""
         config = self.config
-        struct = c.Model()
-        for name in c.SIZES:
-            setattr(struct, name, getattr(config, name))
-        struct.norm = c.NORM_KINDS.index(config.norm)
-        struct.norm_position = c.NORM_POSITIONS.index(config.norm_position)
-        struct.activation = c.ACTIVATIONS.index(c.GATES.get(config.mlp, config.mlp))
-        struct.gated, struct.norm_eps = config.gated, config.norm_eps
+        struct = c.Model(**{n: getattr(config, n) for n in (*c.SIZES, "gated", "norm_eps")})
+        struct.norm = _number(c.NORM_KINDS, config.norm)
+        struct.norm_position = _number(c.NORM_POSITIONS, config.norm_position)
+        struct.activation = _number(c.ACTIVATIONS, c.GATES.get(config.mlp, config.mlp))
         if self.tables:
             struct.cos, struct.sin = (table.ctypes.data for table in self.tables)
-        for name in ("tok_emb", "pos_emb", "lm_head"):
-            if stored := self.tensors.get(f"{name}.weight"):
-                setattr(struct, name, _matrix(stored))
-        self._fill(struct.norm_f, "norm_f")
         struct.blocks = ctypes.addressof(self.blocks)
         return struct
 
-    def _fill(self, part: Any, name: str) -> None:
-        """Point a norm or a linear layer at its tensors, where the model has them."""
-        for which in ("weight", "bias"):
-            if stored := self.tensors.get(f"{name}.{which}"):
-                linear = isinstance(part, c.Linear) and which == "weight"
-                setattr(part, which, _matrix(stored) if linear else stored.values.ctypes.data)
+    def _place(self, name: str, stored: Stored) -> None:
+        """Let the structures point at the tensor ``name``."""
+        *path, part, which = name.split(".")
+        owner = self.blocks[int(path[1])] if path else self.struct
+        if len(stored.shape) == 1:
+            setattr(getattr(owner, part), which, stored.values.ctypes.data)
+        elif path:
+            getattr(owner, part).weight = _matrix(stored)
+        else:
+            setattr(owner, part, _matrix(stored))
 
 
 def open_model(run: Run, checkpoint: Path, precision: str | None = None) -> NativeModel:
@@ -113,24 +109,18 @@ def open_model(run: Run, checkpoint: Path, precision: str | None = None) -> Nati
     Errors as in `Run.load` and `open_packed`.
     """
     opened = run.load(checkpoint)
-    if precision is not None:
-        packed = open_packed(run.path, precision, opened.manifest.files[MODEL]["sha256"])
-        tensors, tied = dict(packed.tensors), packed.tied
+    if precision is None:
+        tensors = {name: as_stored(values) for name, values in opened.model_arrays().items()}
     else:
-        with naming_a_way_out(checkpoint):
-            arrays, metadata = map_tensors(verified(checkpoint, opened.manifest, MODEL))
-            tied = json.loads(metadata.get("tied", "{}"))
-        tensors = {name: as_stored(values) for name, values in arrays.items()}
+        packed = open_packed(run.path, precision, opened.manifest.files[MODEL]["sha256"])
+        tied = {name: packed.tensors[owner] for name, owner in packed.tied.items()}
+        tensors = packed.tensors | tied
     with naming_a_way_out(checkpoint):
-        return NativeModel(
-            run.config.model, tensors | {name: tensors[owner] for name, owner in tied.items()}
-        )
+        return NativeModel(run.config.model, tensors)
 
 
 def as_stored(values: np.ndarray) -> Stored:
-    """An array as an fp32 tensor: itself, or a copy where it is fp16 or, as uint16, bfloat16."""
-    if values.dtype == np.uint16:
-        values = (values.astype(np.uint32) << 16).view(np.float32)
+    """An array as an fp32 tensor: itself, or a copy where it is of another type."""
     values = np.ascontiguousarray(values, dtype=np.float32)
     return Stored(Storage("fp32"), values.shape, values, None)
 
@@ -144,26 +134,24 @@ class NativeEngine:
         slots: int = 1,
         vocab: int | None = None,
         threads: int | None = None,
-        cache: CacheKind | None = None,
         chunk: int = CHUNK,
     ) -> None:
         """Prepare to write up to ``slots`` rows at once; their caches grow with what they hold.
 
         Ids from ``vocab`` on are padding and never drawn. ``threads`` defaults to OCTAVO_THREADS,
-        else the cores there are; ``cache`` to fp16 for packed weights and fp32 for fp32. A pass
+        else the cores there are. Caches hold fp16 for packed weights and fp32 for fp32. A pass
         reads at most ``chunk`` tokens. Raises `ConfigError` for an instruction set that is not
         here and `NoLibraryError` where nothing can be compiled.
         """
         self.model, self.slots = model, slots
         self.vocab = vocab or model.config.vocab_size
-        kind = cache or ("fp16" if model.packed else "fp32")
         self.budget = available_memory()
         self._cancelled = ctypes.c_int32()
         settings = c.Settings(
             slots=slots,
             vocab=self.vocab,
-            threads=choose_threads(threads or _threads_in_environment(), model.bytes),
-            cache_storage=c.STORAGE.index(kind),
+            threads=choose_threads(threads, model.bytes),
+            cache_storage=c.STORAGE.index("fp16" if model.packed else "fp32"),
             chunk=chunk,
             cache_budget=self.budget,
             cancel=ctypes.addressof(self._cancelled),
@@ -223,12 +211,8 @@ class NativeEngine:
         assert 0 < len(ids) <= self.model.config.block_size
         logits = np.empty((len(ids), self.model.config.vocab_size), np.float32)
         with self._lock:
-            given = array("i", ids)
-            self._check(
-                self._library.octavo_logits(
-                    self._engine, given.buffer_info()[0], len(ids), logits.ctypes.data
-                )
-            )
+            given, out = self._ids(ids), logits.ctypes.data
+            self._check(self._library.octavo_logits(self._engine, *given.buffer_info(), out))
         return logits
 
     def _request(self, request: c.Request, slot: Slot, most: int) -> "_Room":
@@ -240,43 +224,33 @@ class NativeEngine:
         for name in c.SAMPLING:
             setattr(request.sampling, name, getattr(slot.sampling, name))
         room = _Room(self._ids(slot.ids), self._ids(slot.draft), most, request.logprobs + 1)
+        request.ids, request.count = room.ids.buffer_info()
+        request.draft, request.draft_count = room.draft.buffer_info()
+        for name in ("out", "top_counts", "top_ids", "top_logprobs"):
+            setattr(request, name, getattr(room, name).ctypes.data)
         if slot.keep_logits:
             room.logits = np.empty((most, self.vocab), np.float32)
-        request.count, request.draft_count = len(room.ids), len(room.draft)
-        for name, values in vars(room).items():
-            if values is None:
-                continue
-            address = (
-                values.ctypes.data if isinstance(values, np.ndarray) else values.buffer_info()[0]
-            )
-            setattr(request, name, address)
+            request.logits = room.logits.ctypes.data
         return room
 
-    def _ids(self, ids: list[int]) -> "array[int]":
+    def _ids(self, ids: Sequence[int]) -> "array[int]":
         try:
             return array("i", ids)
         except OverflowError:
-            raise self._no_token(max(ids, key=abs)) from None
-
-    def _no_token(self, wrong: int) -> ConfigError:
-        size = self.model.config.vocab_size
-        return ConfigError(f"the model has no token {wrong}", f"its vocabulary is 0 to {size - 1}")
+            raise no_token(max(ids, key=abs), self.model.config.vocab_size) from None
 
     def _check(self, result: int) -> None:
         """Turn what the library says into an error."""
         if result == c.DONE:
             return
         self._cancelled.value = 0
-        detail = self._library.octavo_detail(self._engine)
-        if result == c.BAD_ID:
-            raise self._no_token(detail)
-        if result == c.NOT_FINITE:
-            raise NonFiniteError(
-                "the model's logits are not finite",
-                fix="its weights are damaged or overflow; go back to an earlier checkpoint",
-            )
         if result == c.CANCELLED:
             raise InterruptedError("the step was cancelled")
+        detail = self._library.octavo_detail(self._engine)
+        if result == c.BAD_ID:
+            raise no_token(detail, self.model.config.vocab_size)
+        if result == c.NOT_FINITE:
+            raise not_finite()
         raise ResourceError(
             f"the keys and values of these texts need {detail / 1e6:,.0f} MB, "
             f"{self.budget / 1e6:,.0f} MB are free",
@@ -302,6 +276,19 @@ class _Room:
         return [list(zip(ids[:n], logs[:n], strict=True)) for ids, logs, n in [*rows][:made]]
 
 
+def rope_table(config: ModelConfig) -> tuple[Floats, Floats]:
+    """Cosines and sines of every position, each (block_size, E/2); cf. `octavo.model.layers`."""
+    frequencies, factor = rope_frequencies(config)
+    angles = np.arange(config.block_size, dtype=np.float32)[:, None] * frequencies
+    return np.cos(angles) * np.float32(factor), np.sin(angles) * np.float32(factor)
+
+
+def _number(known: Sequence[str], name: str) -> int:
+    if name not in known:
+        raise NoLibraryError(f"it has no {name}, only {', '.join(known)}")
+    return known.index(name)
+
+
 def _matrix(stored: Stored) -> c.Matrix:
     scales = None if stored.scale is None else stored.scale.ctypes.data
     kind, group = stored.storage
@@ -319,18 +306,13 @@ def _check_shapes(config: ModelConfig, tensors: Mapping[str, Stored]) -> None:
             raise CheckpointError(f"{name} has shape {tensor.shape}, not {wanted[name]}")
 
 
-def _threads_in_environment() -> int | None:
-    text = os.environ.get("OCTAVO_THREADS")
-    if not text:
-        return None
-    if not text.isdecimal() or not int(text):
-        raise ConfigError(f"OCTAVO_THREADS is {text!r}", fix="give a number of threads, 1 or more")
-    return int(text)
-
-
 def choose_threads(asked: int | None, size: int) -> int:
-    """As many as asked, or as these bytes of weights keep busy, up to one a core."""
-    cores = usable_cores()
+    """As many as asked, here or by OCTAVO_THREADS; else one a core that ``size`` bytes of weights
+    keep busy.
+    """
+    cores, named = usable_cores(), os.environ.get("OCTAVO_THREADS")
+    if named and not asked:
+        asked = convert(named, Count, "OCTAVO_THREADS")
     if asked and asked > cores:
         tell_once(f"warning: {asked} threads on {cores} cores wait for each other")
     return asked or max(1, min(cores, size // THREAD_BYTES))

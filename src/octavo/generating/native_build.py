@@ -12,7 +12,6 @@ import functools
 import hashlib
 import os
 import platform
-import secrets
 import shlex
 import shutil
 import subprocess
@@ -30,7 +29,7 @@ QUIET_SECONDS = 1.0  # a build that takes longer says so
 
 
 class NoLibraryError(Exception):
-    """There is no native library here, for the reason given."""
+    """There is no native library here that can write this, for the reason given."""
 
 
 @functools.cache
@@ -53,15 +52,11 @@ def built() -> Path:
     from octavo.text.download import cache_dir
 
     compiler = find_compiler()
-    try:
-        version = subprocess.run([*compiler, "--version"], capture_output=True, timeout=60).stdout
-    except (OSError, subprocess.SubprocessError) as error:
-        raise NoLibraryError(f"the compiler {compiler[0]} does not run: {error}") from None
+    version = _run([*compiler, "--version"]).stdout
     key = hashlib.sha256(repr((source_key(), compiler, version)).encode()).hexdigest()[:16]
     path = cache_dir() / f"native-{key}.so"
     if not path.exists():
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             _compile_aside(compiler, path)
         except OSError as error:
             reason = f"{path.parent} cannot be written: {error.strerror}"
@@ -93,29 +88,32 @@ def compile_library(compiler: list[str], path: Path, *more: str) -> None:
     Raises `NoLibraryError` with the reason.
     """
     command = [*compiler, *FLAGS, *more, str(HERE / SOURCES[0]), "-o", str(path)]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, errors="replace")
-    except OSError as error:
-        raise NoLibraryError(f"the compiler {compiler[0]} does not run: {error}") from None
+    result = _run(command)
     if result.returncode:
         lines = [line for line in result.stderr.splitlines() if "error:" in line]
         reason = (lines or result.stderr.splitlines() or [f"exit code {result.returncode}"])[0]
         raise NoLibraryError(f"{compiler[0]} failed: {reason}")
 
 
-def _compile_aside(compiler: list[str], path: Path) -> None:
-    from octavo.disk import sync
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, errors="replace")
+    except OSError as error:
+        raise NoLibraryError(f"the compiler {command[0]} does not run: {error}") from None
 
-    temp = path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}")
+
+def _compile_aside(compiler: list[str], path: Path) -> None:
+    from octavo.disk import scratch, sync
+
     notice = threading.Timer(
         QUIET_SECONDS, print, ["compiling the native engine, once ..."], {"file": sys.stderr}
     )
     notice.daemon = True
     notice.start()
     try:
-        compile_library(compiler, temp)
-        sync(temp)
-        os.replace(temp, path)
+        with scratch(path.parent, path.name) as folder:
+            compile_library(compiler, folder / path.name)
+            sync(folder / path.name)
+            os.replace(folder / path.name, path)
     finally:
         notice.cancel()
-        temp.unlink(missing_ok=True)

@@ -14,15 +14,12 @@ GATES = {"swiglu": "silu", "geglu": "gelu"}  # the activation of a gated MLP
 SIZES = (
     "n_layer", "n_head", "n_kv_head", "head_dim", "d_model", "d_ff", "vocab_size", "block_size",
 )  # fmt: skip
-NORMS = ("attn_norm", "mlp_norm", "attn_out_norm", "mlp_out_norm")
-HEAD_NORMS = ("q_norm", "k_norm")
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-ATTENTION = HEAD_NORMS + PROJECTIONS
+NORMS = ("attn_norm", "mlp_norm", "attn_out_norm", "mlp_out_norm", "q_norm", "k_norm")
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj")
 SAMPLING = (
     "temperature", "top_p", "min_p", "typical_p",
     "repetition_penalty", "presence_penalty", "frequency_penalty", "top_k", "seed",
 )  # fmt: skip
-MLP = ("up_proj", "gate_proj", "down_proj")
 
 
 class Matrix(ctypes.Structure):
@@ -51,8 +48,8 @@ class Block(ctypes.Structure):
     """One layer of the model."""
 
     _fields_ = [
-        *((name, NormWeights) for name in NORMS + HEAD_NORMS),
-        *((name, Linear) for name in PROJECTIONS + MLP),
+        *((name, NormWeights) for name in NORMS),
+        *((name, Linear) for name in LINEARS),
     ]
 
 
@@ -116,7 +113,6 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
         "octavo_pick": (
             c_int32, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_int64,
         ),
-        "octavo_uniform": (c_double, c_uint64, c_uint64, c_uint64),
     }  # fmt: skip
     for name, (result, *arguments) in functions.items():
         function = getattr(library, name)

@@ -8,13 +8,13 @@ after the other in the order stated, so another language can repeat a draw; only
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from octavo.errors import NonFiniteError
+from octavo.errors import ConfigError, NonFiniteError
 from octavo.settings import Group
 
 Logits = NDArray[np.float64]
@@ -59,6 +59,16 @@ PRESETS: dict[str, Sampling] = {
 }
 
 
+def make_sampling(preset: str | None = None, **settings: Any) -> Sampling:
+    """Sampling settings: a preset's, and any named one over it."""
+    if preset is not None and preset not in PRESETS:
+        raise ConfigError(f"unknown preset {preset!r}", fix=f"known: {', '.join(PRESETS)}")
+    known = sorted(field.name for field in fields(Sampling))
+    for name in settings.keys() - set(known):
+        raise ConfigError(f"unknown sampling setting {name!r}", fix=f"known: {known}")
+    return replace(PRESETS[preset] if preset else Sampling(), **settings)
+
+
 def pick(
     logits: ArrayLike,
     history: Sequence[int],
@@ -99,10 +109,7 @@ def filters(
     """
     now = np.asarray(logits, dtype=np.float64)
     if not math.isfinite(now.max()):  # NaN and inf come through max; -inf: nothing can be drawn
-        raise NonFiniteError(
-            "the model's logits are not finite",
-            fix="its weights are damaged or overflow; go back to an earlier checkpoint",
-        )
+        raise not_finite()
     yield "model", now
     s = sampling
     if s.repetition_penalty != 1:
@@ -130,6 +137,12 @@ def filters(
     if s.typical_p < 1:
         now = typical_p(now, s.typical_p)
         yield "typical_p", now
+
+
+def not_finite() -> NonFiniteError:
+    """What every engine says of such logits."""
+    fix = "its weights are damaged or overflow; go back to an earlier checkpoint"
+    return NonFiniteError("the model's logits are not finite", fix=fix)
 
 
 def penalize_repetition(logits: Logits, ids: Sequence[int], penalty: float) -> Logits:

@@ -117,19 +117,12 @@ class ModelDrafter:
         The engine trusts its cache for all ids but the last, so after a wrong guess it must be
         stepped with one right id at the end before more may follow.
         """
-        index = slot.index
-        if index not in self.shadows:
-            self.shadows[index] = Slot(
-                index, [], slot.n, slot.sampling, slot.prompt_length, eot=slot.eot
-            )
-        shadow, agreed = self.shadows[index], self.known.get(index, 0)
-        while agreed < min(len(shadow.ids), len(slot.ids)):
-            if shadow.ids[agreed] != slot.ids[agreed]:
-                break
-            agreed += 1
+        new = Slot(slot.index, [], slot.n, slot.sampling, slot.prompt_length, eot=slot.eot)
+        shadow, known = self.shadows.setdefault(slot.index, new), self.known.get(slot.index, 0)
+        agreed = known + _agreed(shadow.ids[known:], slot.ids[known:])
         stale = agreed < min(len(shadow.ids), len(slot.ids)) - 1
         shadow.ids = slot.ids[: agreed + (1 if stale else READ)]
-        self.known[index] = len(shadow.ids)
+        self.known[slot.index] = len(shadow.ids)
         return len(shadow.ids) == len(slot.ids)
 
 

@@ -100,6 +100,20 @@ class Piece:
     """(id, log-probability) of the likeliest tokens and of this one, where asked for."""
 
 
+def start_ids(tokenizer: Tokenizer, prompt: str | None) -> list[int]:
+    """The prompt's ids; without one, what a new text begins after: end-of-text, or a newline."""
+    if prompt is None and tokenizer.eot_id is not None:
+        return [tokenizer.eot_id]
+    if prompt == "":
+        raise ConfigError("the prompt is empty", fix="give some text, or no prompt at all")
+    if prompt is None:
+        try:
+            return tokenizer.encode("\n")
+        except ValueError:
+            return [0]  # a vocabulary without a newline: any first symbol will do
+    return tokenizer.encode(prompt)
+
+
 def write(
     engine: Engine,
     tokenizer: Tokenizer | None,
@@ -157,6 +171,12 @@ def window_start(length: int, block_size: int) -> int:
     """
     half = max(1, block_size // 2)
     return max(0, -((block_size - length) // half) * half)
+
+
+def no_token(wrong: int, vocab_size: int) -> ConfigError:
+    """What every engine says of an id that is not in the model's vocabulary."""
+    where = f"its vocabulary is 0 to {vocab_size - 1}"
+    return ConfigError(f"the model has no token {wrong}", where)
 
 
 def split_at_stop(text: str, stops: Sequence[str]) -> tuple[str, str, bool]:

@@ -156,17 +156,16 @@ class GPT(nn.Module):
                 module.dropout = p
 
     def _rope(self, positions: Tensor, reach: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of positions below ``reach``; beyond block_size computed anew."""
-        if positions.dim() == 1:
-            T = positions.size(0)
-            if self.rope_cos.size(0) >= T:
-                return self.rope_cos[:T], self.rope_sin[:T]
-            return rope_table(self.config, positions)
-        if self.rope_cos.size(0) >= reach:
-            cos, sin = self.rope_cos[positions], self.rope_sin[positions]
-        else:
+        """Cosines and sines of positions below ``reach``, (T, E/2) or, by row, (B, 1, T, E/2);
+        beyond block_size computed anew.
+        """
+        if self.rope_cos.size(0) < reach:
             cos, sin = rope_table(self.config, positions)
-        return cos[:, None], sin[:, None]  # (B, 1, T, E/2)
+        elif positions.dim() == 1:  # 0, 1, 2 ...: nothing to look up
+            cos, sin = self.rope_cos[:reach], self.rope_sin[:reach]
+        else:
+            cos, sin = self.rope_cos[positions], self.rope_sin[positions]
+        return (cos, sin) if positions.dim() == 1 else (cos[:, None], sin[:, None])
 
     def _check_reach(self, length: int) -> None:
         if length > self.config.block_size:

@@ -18,7 +18,7 @@ import numpy as np
 from octavo.config import Config, ModelConfig
 from octavo.errors import ConfigError
 from octavo.reporting.charts import run_charts
-from octavo.reporting.curves import Event, best_validation, series
+from octavo.reporting.series import Event, best_validation, last, series
 
 MOST_SAMPLES, MOST_ROWS = 20, 100  # on a page; of a long run an even spread is shown
 RELOAD = 20  # seconds until the page of a run that goes on loads itself again
@@ -31,22 +31,22 @@ def render(events: Sequence[Event], name: str, alive: bool = False) -> str:
     """The whole page, as HTML, of a run called ``name``; ``events`` are at least one."""
     start = last(events, "start")
     parts = (
-        _header(events, start, name, alive),
-        tiles(headline(events, start)),
-        _curves(events),
+        _header(events, name, alive),
+        tiles(headline(events)),
+        curves(run_charts(events), folded("In numbers", _numbers(events))),
         _spikes(events),
         _samples(events),
         _settings(start.get("settings", {})),
         section("Text", _facts(start.get("data", {}))),
         section("Environment", _facts(start.get("environment", {}))),
     )
-    return document(name, parts, "Drawn by octavo from metrics.jsonl alone.", alive)
+    return document(name, parts, alive)
 
 
-def document(title: str, parts: Iterable[str], footer: str, alive: bool = False) -> str:
+def document(title: str, parts: Iterable[str], alive: bool = False) -> str:
     """A whole HTML file; the page of a run that is ``alive`` loads itself again."""
     css = files("octavo.reporting").joinpath("page.css").read_text(encoding="utf-8")
-    body = "\n".join(part for part in parts if part)
+    body = "\n".join(filter(None, parts))
     reload = f'<meta http-equiv="refresh" content="{RELOAD}">\n' if alive else ""
     return f"""<!doctype html>
 <html lang="en">
@@ -61,15 +61,16 @@ def document(title: str, parts: Iterable[str], footer: str, alive: bool = False)
 <body>
 <main>
 {body}
-<footer>{escape(footer)}</footer>
+<footer>Drawn by octavo from metrics.jsonl alone.</footer>
 </main>
 </body>
 </html>
 """
 
 
-def _header(events: Sequence[Event], start: Event, name: str, alive: bool) -> str:
+def _header(events: Sequence[Event], name: str, alive: bool) -> str:
     """What was trained on what, how far it came, and what befell it."""
+    start = last(events, "start")
     model, text = start.get("settings", {}).get("model"), start.get("data", {}).get("name")
     lead = "A GPT"
     if "parameters" in start:
@@ -95,24 +96,28 @@ def _header(events: Sequence[Event], start: Event, name: str, alive: bool) -> st
         notes.append(f"Training goes on. This page loads itself again every {RELOAD} seconds.")
     items = "".join(f"<li>{escape(note)}</li>" for note in notes)
     return (
-        f"<header>\n<h1>{escape(name)}</h1>\n<p>{escape(lead)} {_outcome(events, start)}</p>\n"
+        f"<header>\n<h1>{escape(name)}</h1>\n<p>{escape(lead)} {_outcome(events)}</p>\n"
         + (f'<ul class="notes soft">{items}</ul>\n' if items else "")
         + "</header>"
     )
 
 
-def _outcome(events: Sequence[Event], start: Event) -> str:
-    step, end = events[-1]["step"], last(events, "end")
-    planned = start.get("settings", {}).get("train", {}).get("max_steps")
-    match end.get("reason"):
+def _outcome(events: Sequence[Event]) -> str:
+    step = f"{events[-1]['step']:,}"
+    match last(events, "end").get("reason"):
         case "finished":
-            return f"Finished after {step:,} steps."
+            return f"Finished after {step} steps."
         case "early stop":
-            return f"Stopped early at step {step:,}: validation had ceased to improve."
-    return f"Not finished: step {step:,}" + (f" of {planned:,}." if planned else ".")
+            return f"Stopped early at step {step}: validation had ceased to improve."
+    return f"Not finished: step {step} {_planned(events)}".rstrip() + "."
 
 
-def headline(events: Sequence[Event], start: Event) -> list[tuple[str, str, str]]:
+def _planned(events: Sequence[Event]) -> str:
+    steps = last(events, "start").get("settings", {}).get("train", {}).get("max_steps")
+    return f"of {steps:,}" if steps else ""
+
+
+def headline(events: Sequence[Event]) -> list[tuple[str, str, str]]:
     """The figures one asks for first: name, value, note."""
     best, latest = best_validation(events), events[-1]
     found = []
@@ -121,8 +126,7 @@ def headline(events: Sequence[Event], start: Event) -> list[tuple[str, str, str]
         found.append(("Validation loss", number(best["val_loss"], ".3f"), "nats a token, best"))
         found.append(("Perplexity", number(best.get("val_ppl"), ".2f"), at))
         found.append(("Bits a byte", number(best.get("val_bpb"), ".3f"), at))
-    planned = start.get("settings", {}).get("train", {}).get("max_steps")
-    found.append(("Steps", f"{latest['step']:,}", f"of {planned:,}" if planned else ""))
+    found.append(("Steps", f"{latest['step']:,}", _planned(events)))
     found.append(("Time", duration(latest.get("seconds")), f"{large(latest.get('tokens'))} tokens"))
     if speed := _typical(events, "tokens_per_s"):
         found.append(("Speed", f"{speed:,.0f}", "tokens a second"))
@@ -149,13 +153,10 @@ def tiles(figures: Sequence[tuple[str, str, str]]) -> str:
     return f'<dl class="figures">\n{cells}\n</dl>'
 
 
-def _curves(events: Sequence[Event]) -> str:
-    """The curves, and the same in numbers."""
-    numbers, drawn = _numbers(events), "\n".join(run_charts(events))
-    if not drawn:
-        return ""
-    details = f"<details><summary>In numbers</summary>\n{numbers}\n</details>" if numbers else ""
-    return section("Curves", f'<div class="curves">\n{drawn}\n</div>\n{details}')
+def curves(charts: Sequence[str], more: str = "") -> str:
+    """Charts side by side, and what stands below them."""
+    drawn = "\n".join(charts)
+    return section("Curves", f'<div class="curves">\n{drawn}\n</div>\n{more}' if drawn else "")
 
 
 COLUMNS = (
@@ -176,21 +177,14 @@ def _numbers(events: Sequence[Event]) -> str:
         if event["event"] in ("train", "eval"):
             merged.setdefault(event["step"], {}).update(event)
     rows = [row for row in merged.values() if "val_loss" in row] or list(merged.values())
-    if not rows:
-        return ""
-    best = best_validation(events) or {"step": None}
+    best = best_validation(events)
     columns = [column for column in COLUMNS if any(column[0] in row for row in rows)]
-    head = "".join(f'<th scope="col">{label}</th>' for label in ("step", *(c[1] for c in columns)))
-    lines = []
-    for row in spread(rows, MOST_ROWS):
-        cells = "".join(f"<td>{number(row.get(key), spec)}</td>" for key, _, spec in columns)
-        mark = ' class="best"' if row["step"] == best["step"] else ""
-        lines.append(f"<tr{mark}><td>{row['step']:,}</td>{cells}</tr>")
-    body = "\n".join(lines)
-    return (
-        f'<div class="scroll"><table class="numbers">\n<thead><tr>{head}</tr></thead>\n'
-        f"<tbody>\n{body}\n</tbody>\n</table></div>"
-    )
+    cells = [
+        (f"{row['step']:,}", *(number(row.get(key), spec) for key, _, spec in columns))
+        for row in spread(rows, MOST_ROWS)
+    ]
+    head = ("step", *(label for _, label, _ in columns))
+    return table(cells, head, "numbers", f"{best['step']:,}" if best else "")
 
 
 def _spikes(events: Sequence[Event]) -> str:
@@ -216,8 +210,6 @@ def _spikes(events: Sequence[Event]) -> str:
 def _samples(events: Sequence[Event]) -> str:
     """What the model wrote as it learned, oldest first; only the newest lies open."""
     samples = [event for event in events if event["event"] == "sample"]
-    if not samples:
-        return ""
     shown = spread(samples, MOST_SAMPLES)
     blocks = []
     for event in shown:
@@ -236,21 +228,17 @@ def _samples(events: Sequence[Event]) -> str:
 
 def _settings(settings: Mapping[str, Any]) -> str:
     """What differs from the defaults, then everything, folded away."""
-    if not settings:
-        return ""
     values, defaults = flat(settings), flat(_defaults(settings))
-    changed = [key for key in values if values[key] != defaults.get(key)]
-    rows = "\n".join(
-        f'<tr><th scope="row"><code>{escape(key)}</code></th><td>{escape(plain(values[key]))}</td>'
-        f'<td class="soft">{escape(plain(defaults.get(key, NOTHING)))}</td></tr>'
-        for key in changed
-    )
-    head = '<th scope="col">setting</th><th scope="col">here</th><th scope="col">default</th>'
+    changed = [
+        (key, plain(value), plain(defaults.get(key, NOTHING)))
+        for key, value in values.items()
+        if value != defaults.get(key)
+    ]
+    everything = table([(key, plain(value)) for key, value in values.items()])
     return section(
         "Settings that differ from the defaults",
-        f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n'
-        f"</table></div>\n<details><summary>All {len(values)} settings</summary>\n"
-        f"{table(values)}\n</details>",
+        table(changed, ("setting", "here", "default"), "settings")
+        + folded(f"All {len(values)} settings", everything),
     )
 
 
@@ -275,11 +263,6 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
-def last(events: Sequence[Event], kind: str) -> Event:
-    """The newest event of a kind, or an empty one."""
-    return next((event for event in reversed(events) if event["event"] == kind), {})
-
-
 def spread(items: Sequence[T], most: int) -> list[T]:
     """At most ``most`` of them, evenly spread, the first and the last among them."""
     index = np.unique(np.linspace(0, len(items) - 1, min(most, len(items))).astype(int))
@@ -291,25 +274,35 @@ def section(title: str, body: str) -> str:
     return f"<section>\n<h2>{title}</h2>\n{body}\n</section>" if body else ""
 
 
+def folded(title: str, body: str) -> str:
+    """A part that opens with a click."""
+    return f"<details><summary>{title}</summary>\n{body}\n</details>" if body else ""
+
+
 def _facts(values: Mapping[str, Any]) -> str:
-    """A table of names and values, for people: spaces in names, commas in numbers."""
+    """Names and values for people: spaces in names, commas in numbers."""
     return table(
-        {
-            name.replace("_", " "): f"{value:,}" if type(value) is int else value
+        [
+            (name.replace("_", " "), f"{value:,}" if type(value) is int else plain(value))
             for name, value in values.items()
-        }
+        ]
     )
 
 
-def table(values: Mapping[str, Any]) -> str:
-    """Names and values, one a row."""
-    if not values:
+def table(
+    rows: Sequence[Sequence[str]], head: Sequence[str] = (), kind: str = "", best: str = ""
+) -> str:
+    """Rows of cells, the first of each its name; the row named ``best`` is marked."""
+    if not rows:
         return ""
-    rows = "\n".join(
-        f'<tr><th scope="row">{escape(name)}</th><td>{escape(plain(value))}</td></tr>'
-        for name, value in values.items()
-    )
-    return f'<div class="scroll"><table>\n<tbody>\n{rows}\n</tbody>\n</table></div>'
+    above = "".join(f'<th scope="col">{escape(label)}</th>' for label in head)
+    lines = [f"<thead><tr>{above}</tr></thead>\n<tbody>" if head else "<tbody>"]
+    for name, *cells in rows:
+        mark = ' class="best"' if name == best else ""
+        after = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+        lines.append(f'<tr{mark}><th scope="row">{escape(name)}</th>{after}</tr>')
+    body = "\n".join(lines)
+    return f'<div class="scroll"><table class="{kind}">\n{body}\n</tbody>\n</table></div>'
 
 
 def plain(value: Any) -> str:
@@ -338,9 +331,8 @@ def duration(seconds: Any) -> str:
     if not isinstance(seconds, int | float) or not math.isfinite(seconds):
         return NOTHING
     minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02} min"
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02} min"
     return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
 
 

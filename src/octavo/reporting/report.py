@@ -9,8 +9,9 @@ from typing import Any
 from octavo.disk import write_atomic
 from octavo.errors import ConfigError, DataError, MissingExtraError
 from octavo.reporting.comparison import names_of, render_comparison
-from octavo.reporting.curves import Event, draw_curves
+from octavo.reporting.curves import draw_curves
 from octavo.reporting.page import render
+from octavo.reporting.series import Event
 
 
 def draw_run(run: Path | str) -> Path:
@@ -30,11 +31,8 @@ def write_report(run: Path | str, alive: bool = False) -> Path:
     nothing yet, `ResourceError` when the disk refuses.
     """
     metrics = _metrics_file(run)
-    events = read_metrics(metrics)
-    if not events:
-        raise _empty(metrics)
     page = metrics.with_name("report.html")
-    html = render(events, metrics.resolve().parent.name, alive)
+    html = render(_some_metrics(metrics), metrics.resolve().parent.name, alive)
     write_atomic(page, html.encode("utf-8", errors="replace"))  # a sample may hold half a pair
     return page
 
@@ -44,18 +42,17 @@ def write_comparison(runs: Sequence[Path | str], out: Path | str) -> Path:
     files = list(dict.fromkeys(_metrics_file(run).resolve() for run in runs))
     if len(files) < 2:
         raise ConfigError("the runs are one and the same", f"in {files[0].parent}", "name another")
-    told = [read_metrics(path) for path in files]
-    for path, events in zip(files, told, strict=True):
-        if not events:
-            raise _empty(path)
     names = names_of([path.parent for path in files])
-    html = render_comparison(dict(zip(names, told, strict=True)))
+    html = render_comparison(dict(zip(names, map(_some_metrics, files), strict=True)))
     write_atomic(Path(out), html.encode("utf-8", errors="replace"))
     return Path(out)
 
 
-def _empty(metrics: Path) -> DataError:
-    return DataError("nothing happened in this run yet", f"in {metrics}", "train it first")
+def _some_metrics(path: Path) -> list[Event]:
+    events = read_metrics(path)
+    if not events:
+        raise DataError("nothing happened in this run yet", f"in {path}", "train it first")
+    return events
 
 
 def read_metrics(run: Path | str) -> list[Event]:
@@ -71,8 +68,7 @@ def read_metrics(run: Path | str) -> list[Event]:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}", fix="give a run") from None
-    events: list[Event] = []
-    torn = 0
+    events, torn = list[Event](), 0
     for number, line in enumerate(lines, 1):
         if not line.strip(b"\0 \r"):  # zeros are what a power cut leaves
             continue

@@ -11,7 +11,7 @@ from html import escape
 
 import numpy as np
 
-from octavo.reporting.curves import MOST_POINTS, thin, tick_labels
+from octavo.reporting.series import MOST_POINTS, thin, tick_labels
 
 WIDTH, HEIGHT, FONT = 440, 250, 13  # of the drawing, in its own units
 TOP, RIGHT, BOTTOM = 10, 14, 40  # margins; the left one is as wide as its numbers
@@ -39,15 +39,6 @@ class Line:
         more = f' stroke-opacity="{self.opacity:g}"' if self.opacity < 1 else ""
         more += f' stroke-dasharray="{self.dash}"' if self.dash else ""
         return f'stroke="{self.colour}" stroke-width="{self.width:g}"{more}'
-
-
-@dataclass(frozen=True)
-class Mark:
-    """Something that happened at one place of the horizontal axis."""
-
-    x: float
-    kind: str
-    title: str
 
 
 @dataclass(frozen=True)
@@ -90,9 +81,12 @@ def chart(
     log: bool = False,
     from_zero: bool = False,
     x_label: str = "step",
-    marks: Sequence[Mark] = (),
+    spikes: Sequence[tuple[float, str]] = (),
 ) -> str:
-    """The lines in one diagram; empty where none of them has a finite number."""
+    """The lines in one diagram; empty where none of them has a finite number.
+
+    ``spikes`` are marked where they stand on the horizontal axis, with their titles.
+    """
     lines = [replace(line, y=_drawable(line.y, log)) for line in lines]
     lines = [line for line in lines if np.isfinite(line.y).any()]
     if not lines:
@@ -107,24 +101,24 @@ def chart(
     whole = x_label == "step" and x_high - x_low >= 1
     x_ticks = [tick for tick in x.ticks(5) if not whole or tick == round(tick)]
     most = min(MOST_POINTS, max(6000 // len(lines), 60))
-    seen = [mark for mark in marks if x_low <= mark.x <= x_high]
+    seen = [(place, title) for place, title in spikes if x_low <= place <= x_high]
     parts = [
         *_horizontal(y(np.array(y_ticks)), labels, left),
         *_vertical(x(np.array(x_ticks)), tick_labels(x_ticks), x_label, left),
-        *(_mark(float(x(mark.x)), mark.title) for mark in seen),
+        *(_mark(float(x(place)), title) for place, title in seen),
         *(_path(line, x, y, most) for line in lines),
     ]
-    drawing = "\n".join(parts)
-    nowhere = np.array([])
-    kinds = {mark.kind: Line(nowhere, nowhere, mark.kind, MARK, 1.0, dash="3 3") for mark in seen}
+    drawing, nowhere = "\n".join(parts), np.array([])
+    spike = Line(nowhere, nowhere, "spike", MARK, 1.0, dash="3 3")
     return (
-        f"<figure>\n<figcaption>{escape(caption)}</figcaption>\n{legend([*lines, *kinds.values()])}"
+        f"<figure>\n<figcaption>{escape(caption)}</figcaption>\n"
+        f"{_legend([*lines, spike] if seen else lines)}"
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" font-size="{FONT}" '
         f'aria-label="{escape(caption)} over {x_label}">\n{drawing}\n</svg>\n</figure>'
     )
 
 
-def legend(lines: Sequence[Line]) -> str:
+def _legend(lines: Sequence[Line]) -> str:
     """What each line with a label is; nothing where there is but one."""
     named = [line for line in lines if line.label]
     if len(named) < 2:
@@ -165,25 +159,23 @@ def _range(
 def _horizontal(places: np.ndarray, labels: Sequence[str], left: float) -> Iterator[str]:
     for place, label in zip(places, labels, strict=True):
         yield f'<path d="M{left:g} {place:.1f}H{WIDTH - RIGHT}" stroke="var(--rule)"/>'
-        yield (
-            f'<text x="{left - 6:g}" y="{place + 0.35 * FONT:.1f}" text-anchor="end">{label}</text>'
-        )
+        yield _text(left - 6, place + 0.35 * FONT, label, "end")
 
 
 def _vertical(
     places: np.ndarray, labels: Sequence[str], x_label: str, left: float
 ) -> Iterator[str]:
     bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
-    yield f'<path d="M{left:g} {bottom}H{right}" stroke="currentColor" stroke-opacity=".4"/>'
+    ticks = "".join(f"M{place:.1f} {bottom}v4" for place in places)
+    axis = f"M{left:g} {bottom}H{right}{ticks}"
+    yield f'<path d="{axis}" stroke="currentColor" stroke-opacity=".4"/>'
     for place, label in zip(places, labels, strict=True):
-        yield (
-            f'<path d="M{place:.1f} {bottom}v4" stroke="currentColor" stroke-opacity=".4"/>'
-            f'<text x="{place:.1f}" y="{bottom + 17}" text-anchor="middle">{label}</text>'
-        )
-    yield (
-        f'<text x="{(left + right) / 2:.1f}" y="{HEIGHT - 6}" text-anchor="middle">'
-        f"{escape(x_label)}</text>"
-    )
+        yield _text(place, bottom + 17, label)
+    yield _text((left + right) / 2, HEIGHT - 6, x_label)
+
+
+def _text(x: float, y: float, text: str, anchor: str = "middle") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
 def _mark(place: float, title: str) -> str:

@@ -2,14 +2,11 @@
 
 import secrets
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from octavo.serving.scheduler import Top, Written
 from octavo.text.tokenizer import REPLACEMENT, Tokenizer
-
-REASONS = {"eot": "stop", "stop": "stop", "length": "length", None: None}
 
 
 @dataclass
@@ -63,7 +60,7 @@ class Choice:
             self.shown += len(piece.text)
             if piece.id is not None and piece.finished != "eot":
                 self._decode(piece.id, list(piece.top), explanation)
-            part.finished = REASONS[piece.finished]
+            part.finished = "stop" if piece.finished == "eot" else piece.finished
         if part.finished and self.waiting:
             self.waiting[-1].text += self.decoder.flush()
             self.waiting = [t for t in self.waiting if t.offset < self.shown or not t.text]
@@ -174,11 +171,3 @@ class Answer:
         text = data.decode("utf-8", errors="replace")
         spelled = "".join(f"\\x{byte:02x}" for byte in data)
         return f"bytes:{spelled}" if REPLACEMENT in text else text
-
-
-def by_row(written: list[Written]) -> Iterator[tuple[int, list[Written]]]:
-    """The tokens of each row, in the order in which the rows first appear."""
-    rows: dict[int, list[Written]] = {}
-    for each in written:
-        rows.setdefault(each.piece.row, []).append(each)
-    yield from rows.items()

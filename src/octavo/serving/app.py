@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from octavo.errors import OctavoError
-from octavo.serving.answers import Answer, Choice, Part, by_row
+from octavo.serving.answers import Answer, Choice, Part
 from octavo.serving.gate import Gate
 from octavo.serving.limits import Limits
 from octavo.serving.metrics import Metrics
@@ -127,36 +127,34 @@ class _Work:
         """
         watch = asyncio.create_task(_cancel_when_gone(request, self.job))
         try:
-            pieces = aiter(self.job)
-            first = await anext(pieces)
+            parts = self._parts()
+            first = await anext(parts)
             if self.body.stream:
-                stream = self._events(first, pieces, watch)
+                stream = self._events(first, parts, watch)
                 return StreamingResponse(
                     stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
                 )
-            parts: dict[int, list[Part]] = {}
-            for index, part in self._parts(first):
-                parts.setdefault(index, []).append(part)
-            async for written in pieces:
-                for index, part in self._parts(written):
-                    parts.setdefault(index, []).append(part)
+            texts = {first[0]: [first[1]]}
+            async for index, part in parts:
+                texts.setdefault(index, []).append(part)
         except BaseException:
             watch.cancel()
             self.job.cancel()
             raise
         watch.cancel()
-        return JSONResponse(self.answer.whole(parts, self._usage()))
+        return JSONResponse(self.answer.whole(texts, self._usage()))
 
     async def _events(
-        self, first: list[Written], pieces: AsyncIterator[list[Written]], watch: asyncio.Task[None]
+        self,
+        first: tuple[int, Part],
+        parts: AsyncIterator[tuple[int, Part]],
+        watch: asyncio.Task[None],
     ) -> AsyncIterator[bytes]:
         """Server-sent events. What was written while one was being sent goes into the next."""
         try:
-            for index, part in self._parts(first):
+            yield _event(self.answer.chunk(*first))
+            async for index, part in parts:
                 yield _event(self.answer.chunk(index, part))
-            async for written in pieces:
-                for index, part in self._parts(written):
-                    yield _event(self.answer.chunk(index, part))
             if self.body.wants_usage:
                 yield _event(self.answer.usage_chunk(self._usage()))
         except Refusal as refusal:
@@ -166,16 +164,18 @@ class _Work:
             self.job.cancel()
         yield b"data: [DONE]\n\n"
 
-    def _parts(self, written: list[Written]) -> list[tuple[int, Part]]:
+    async def _parts(self) -> AsyncIterator[tuple[int, Part]]:
         """What was written, choice by choice."""
-        parts = []
-        for row, some in by_row(written):
-            if row not in self.choices:
-                tops = self.job.prompt_tops.get(row, [])
-                self.choices[row] = Choice(self.tokenizer, self.prompt_of[row], tops, self.echo)
-            self.new_tokens += sum(each.piece.id is not None for each in some)
-            parts.append((row, self.choices[row].add(some)))
-        return parts
+        async for written in self.job:
+            rows: dict[int, list[Written]] = {}
+            for each in written:
+                rows.setdefault(each.piece.row, []).append(each)
+            for row, some in rows.items():
+                if row not in self.choices:
+                    tops = self.job.prompt_tops.get(row, [])
+                    self.choices[row] = Choice(self.tokenizer, self.prompt_of[row], tops, self.echo)
+                self.new_tokens += sum(each.piece.id is not None for each in some)
+                yield row, self.choices[row].add(some)
 
     def _usage(self) -> dict[str, int]:
         return {

@@ -1,5 +1,7 @@
 """Counts and times in Prometheus' text format."""
 
+from typing import Any
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 PATHS = ("/", "/v1/models", "/v1/completions", "/v1/chat/completions", "/health", "/ready")
@@ -10,34 +12,21 @@ class Metrics:
     """What one server counts; every app has its own."""
 
     def __init__(self) -> None:
-        self.registry = registry = CollectorRegistry()
-        times = {"buckets": SECONDS, "registry": registry}
-        model = ["model"]
-        self.requests = Counter(
-            "octavo_requests", "Answers.", ["path", "status"], registry=registry
-        )
-        self.read = Counter("octavo_read_tokens", "Prompt tokens read.", model, registry=registry)
-        self.shared = Counter(
-            "octavo_shared_tokens",
-            "Prompt tokens that were there already.",
-            model,
-            registry=registry,
-        )
-        self.written = Counter("octavo_written_tokens", "Tokens.", model, registry=registry)
-        self.queue = Gauge("octavo_queue", "Requests waiting.", model, registry=registry)
-        self.in_use = Gauge("octavo_slots_in_use", "Texts in work.", model, registry=registry)
-        self.between = Histogram(
-            "octavo_between_tokens_seconds",
-            "From a text's token, or several at once, to its next.",
-            model,
-            **times,
-        )
-        self.first = Histogram(
-            "octavo_first_token_seconds",
-            "From a request to its text's first token.",
-            model,
-            **times,
-        )
+        self.registry = CollectorRegistry()
+        path: dict[str, Any] = {"registry": self.registry, "labelnames": ["path", "status"]}
+        model = path | {"labelnames": ["model"]}
+        times = model | {"buckets": SECONDS}
+        self.requests = Counter("octavo_requests", "Answers.", **path)
+        self.read = Counter("octavo_read_tokens", "Prompt tokens read.", **model)
+        told = "Prompt tokens that were there already."
+        self.shared = Counter("octavo_shared_tokens", told, **model)
+        self.written = Counter("octavo_written_tokens", "Tokens.", **model)
+        self.queue = Gauge("octavo_queue", "Requests waiting.", **model)
+        self.in_use = Gauge("octavo_slots_in_use", "Texts in work.", **model)
+        told = "From a text's token, or several at once, to its next."
+        self.between = Histogram("octavo_between_tokens_seconds", told, **times)
+        told = "From a request to its text's first token."
+        self.first = Histogram("octavo_first_token_seconds", told, **times)
 
     def count_request(self, path: str, status: int) -> None:
         """Note an answer; paths that are not ours are one."""

@@ -17,8 +17,6 @@ from octavo.serving.scheduler import Scheduler
 from octavo.serving.schemas import MOST_ROWS
 from octavo.text.chat import ChatTemplate, Message, encode_chat
 
-BLANK_LINE = "\n\n"
-
 
 class Served:
     """One model with its engine thread."""
@@ -69,7 +67,7 @@ class Served:
 
     def chat_stop(self) -> str:
         """What ends the assistant's words, where the end-of-text token does not."""
-        return self._chat().eos_token or BLANK_LINE
+        return self._chat().stop
 
     def rows(
         self,

@@ -19,12 +19,12 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 from octavo.errors import ResourceError
 from octavo.generating.sampling import Sampling, top_logprobs
-from octavo.generating.writing import STRIDE, Engine, Piece, Row, Slot, window_start
+from octavo.generating.writing import STRIDE, Piece, Row, Slot, window_start
 from octavo.language_model import LanguageModel
 from octavo.serving.explanation import explain
 from octavo.serving.limits import Limits
@@ -36,14 +36,6 @@ TURN = 128  # new tokens of one step, all rows together: so soon each row's next
 WORTH = 16  # so many tokens that another row is about to read are worth waiting for
 READING = Sampling(temperature=0.0)  # what a step draws in the middle of a prompt is not wanted
 Top = list[tuple[int, float]]
-
-
-class SharingEngine(Engine, Protocol):
-    """An engine whose slots can take over what others hold."""
-
-    def share(self, source: int, target: int, count: int) -> None:
-        """Let slot ``target`` hold the first ``count`` ids that ``source`` holds."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -141,13 +133,12 @@ class Scheduler:
     lm: LanguageModel
     limits: Limits
     metrics: ModelMetrics
-    engine: SharingEngine = field(init=False)
-    seats: list[Seat] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.engine = self.lm.open_engine(self.limits.slots)
         self.free = list(range(self.limits.slots))  # the longest unused first
         self.left: dict[int, list[int]] = {}  # what free slots hold
+        self.seats: list[Seat] = []
         self.waiting: deque[tuple[Job, Row]] = deque()
         self.closed = False
         self.turns = 0

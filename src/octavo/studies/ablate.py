@@ -12,14 +12,12 @@ import json
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from octavo.checkpoint import Run
 from octavo.config import Config
@@ -92,7 +90,8 @@ class Study:
     def config(self, arm: Arm, seed: int) -> Config:
         """The settings of a run of the study."""
         config = arm.task.config
-        train = dataclasses.replace(config.train, seed=seed, max_steps=self.steps[arm.name])
+        steps = self.steps[arm.name]
+        train = dataclasses.replace(config.train, seed=seed, max_steps=steps, budget=0.0)
         log = dataclasses.replace(config.log, sample_every=0)
         data = config.data
         if (self.out / TOKENIZER).exists():
@@ -185,25 +184,24 @@ def begin(study: Study) -> Study:
     return study
 
 
-def train_runs(study: Study, console: Console) -> None:
-    """Train what is not trained yet; each finished run is a line. Ctrl-C saves, as in `train`."""
-    jobs = study.jobs
-    columns = "training", BarColumn(), MofNCompleteColumn(), "ETA", TimeRemainingColumn()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        for number, (arm, seed) in enumerate(bar.track(jobs), 1):
-            path = study.run(arm, seed)
-            if _is_finished(path):
-                continue
-            config, resume = study.config(arm, seed), Run.find(path) is not None
-            try:
-                result = train(config, path, resume=resume, quiet=True)
-            except Preempted as stopped:
-                done = f"{number - 1} of {len(jobs)} runs of the study are finished"
-                raise Preempted(stopped.what, done, "go on with the same command") from None
-            line = f"{number}/{len(jobs)}  {arm.name}, seed {seed}: {result.step:,} steps"
-            console.print(
-                f"{line}, validation {result.best_val_loss or math.nan:.4f}", markup=False
-            )
+def train_runs(study: Study) -> Iterator[tuple[int, str]]:
+    """Train what is not trained yet; gives the number of each run that is over, and a line on it.
+
+    Ctrl-C saves, as in `train`.
+    """
+    count = len(study.jobs)
+    for number, (arm, seed) in enumerate(study.jobs, 1):
+        path = study.run(arm, seed)
+        begun = Run.find(path) is not None
+        if begun and last_event(path / "metrics.jsonl") == "end":
+            continue
+        try:
+            result = train(study.config(arm, seed), path, resume=begun, quiet=True)
+        except Preempted as stopped:
+            done = f"{number - 1} of {count} runs of the study are finished"
+            raise Preempted(stopped.what, done, "go on with the same command") from None
+        line = f"{number}/{count}  {arm.name}, seed {seed}: {result.step:,} steps"
+        yield number, f"{line}, validation {result.best_val_loss or math.nan:.4f}"
 
 
 def _build_arms(words: list[str], settings: list[str], vary: Vary, out: Path) -> list[Arm]:
@@ -303,7 +301,3 @@ def measure_steps(arms: Sequence[Arm]) -> dict[str, float]:
             found[arm.name].append(now - before)
             before = now
     return {name: float(np.quantile(steps, UNDISTURBED)) for name, steps in found.items()}
-
-
-def _is_finished(run: Path) -> bool:
-    return Run.find(run) is not None and last_event(run / "metrics.jsonl") == "end"

@@ -18,8 +18,9 @@ from octavo.evaluating.compare import LEVEL, Difference, sentence
 from octavo.language_model import load
 from octavo.reporting.report import read_metrics
 from octavo.studies.ablate import Study
-from octavo.studies.comparing import contrast, judge_runs
+from octavo.studies.comparing import as_dict, contrast, judge_runs
 from octavo.studies.judging import make_ruler
+from octavo.studies.readable import aligned
 from octavo.text.files import counted
 
 TIME_TOLERANCE = 0.1  # between arms that should have taken the same time
@@ -76,12 +77,10 @@ class Ablation:
 
     def lines(self) -> list[str]:
         """The table, each setting's effect, the conclusion, and what the intervals mean."""
-        table = [("arm", "parameters", "tokens", "seconds", "loss", "better by", "interval")]
-        table += [_cells(row) for row in self.rows]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        head = ("arm", "parameters", "tokens", "seconds", "loss", "better by", "interval")
         effects = [effect.sentence(self.unit, self.units) for effect in self.effects]
         return [
-            *("  ".join(_aligned(cells, widths)).rstrip() for cells in table),
+            *aligned([head, *map(_cells, self.rows)], "<>>>>>>"),
             "",
             *effects,
             "",
@@ -122,11 +121,12 @@ class Ablation:
     def to_dict(self) -> dict[str, Any]:
         """What ablation.json holds."""
         arms = [
-            vars(row) | {"loss": row.loss, "against_first": _as_dict(row.against_first)}
+            vars(row)
+            | {"loss": row.loss, "against_first": row.against_first and as_dict(row.against_first)}
             for row in self.rows
         ]
         effects = [
-            {"setting": e.key, "first": e.first, "value": e.value, **(_as_dict(e.result) or {})}
+            {"setting": e.key, "first": e.first, "value": e.value, **as_dict(e.result)}
             | {"sentence": e.sentence(self.unit, self.units)}
             for e in self.effects
         ]
@@ -152,12 +152,10 @@ def judge_study(study: Study, windows: int | None = None) -> Ablation:
     ruler = make_ruler([load(row[0]) for row in paths], count=windows)
     (found,) = judge_runs(flat, [ruler.figures])
     figures = found.reshape(len(study.arms), len(study.seeds), -1)  # (A, S, N)
-    losses = figures.sum(2) / ruler.weights.sum()
-    rows = _rows(study, figures, losses, ruler.weights)
     effects = _effects(study, figures, ruler.weights)
     recommended = _recommended(study, effects)
     return Ablation(
-        rows=rows,
+        rows=_rows(study, figures, ruler.weights),
         effects=effects,
         recommended=recommended,
         undecided=[key for key in study.vary if key not in recommended],
@@ -176,24 +174,20 @@ def _last(study: Study, arm: int, seed: int) -> str:
     return str(run.latest)
 
 
-def _rows(study: Study, figures: np.ndarray, losses: np.ndarray, weights: np.ndarray) -> list[Row]:
-    seeds, rows = (study.seeds, study.seeds), []
-    for n, arm in enumerate(study.arms):
-        steps = study.steps[arm.name]
-        seconds = [training_seconds(study, n, seed) for seed in study.seeds]
-        against = contrast(figures[0], figures[n], weights, seeds)[0] if n else None
-        rows.append(
-            Row(
-                name=arm.name,
-                parameters=arm.parameters,
-                steps=steps,
-                tokens=steps * arm.tokens_a_step,
-                seconds=float(np.mean(seconds)),
-                losses=losses[n].tolist(),
-                against_first=against,
-            )
+def _rows(study: Study, figures: np.ndarray, weights: np.ndarray) -> list[Row]:
+    losses, seeds = figures.sum(2) / weights.sum(), (study.seeds, study.seeds)
+    return [
+        Row(
+            name=arm.name,
+            parameters=arm.parameters,
+            steps=study.steps[arm.name],
+            tokens=study.steps[arm.name] * arm.tokens_a_step,
+            seconds=float(np.mean([training_seconds(study, n, seed) for seed in study.seeds])),
+            losses=losses[n].tolist(),
+            against_first=contrast(figures[0], figures[n], weights, seeds)[0] if n else None,
         )
-    return rows
+        for n, arm in enumerate(study.arms)
+    ]
 
 
 def _effects(study: Study, figures: np.ndarray, weights: np.ndarray) -> list[Effect]:
@@ -237,26 +231,8 @@ def training_seconds(study: Study, arm: int, seed: int) -> float:
 
 def _cells(row: Row) -> tuple[str, ...]:
     """A row of the printed table."""
-    cells = row.name, f"{row.parameters:,}", f"{row.tokens:,}", f"{row.seconds:,.0f}"
-    result = row.against_first
+    figures = f"{row.tokens:,}", f"{row.seconds:,.0f}", f"{row.loss:.4f}"
+    cells, result = (row.name, f"{row.parameters:,}", *figures), row.against_first
     if result is None:
-        return (*cells, f"{row.loss:.4f}", "", "")
-    interval = f"[{result.low:+.4f}, {result.high:+.4f}]"
-    return (*cells, f"{row.loss:.4f}", f"{result.gain:+.4f}", interval)
-
-
-def _aligned(cells: tuple[str, ...], widths: list[int]) -> list[str]:
-    """Names to the left, numbers to the right."""
-    right = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
-    return [cells[0].ljust(widths[0]), *right]
-
-
-def _as_dict(result: Difference | None) -> dict[str, Any] | None:
-    if result is None:
-        return None
-    return {
-        "gain": result.gain,
-        "interval": [result.low, result.high],
-        "verdict": result.verdict,
-        "detectable": result.detectable,
-    }
+        return (*cells, "", "")
+    return (*cells, f"{result.gain:+.4f}", f"[{result.low:+.4f}, {result.high:+.4f}]")

@@ -4,14 +4,12 @@ Above the arms, each seed a dot; below the settings' main effects. What lies rig
 better; an interval that crosses it is no evidence.
 """
 
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from octavo.disk import write_atomic
-from octavo.reporting.curves import BLUE, GRID, INK, SKY, VERMILION, styled
+from octavo.reporting.curves import BLUE, GRID, INK, SKY, VERMILION, picture
 from octavo.studies.ablation import Ablation
 
 if TYPE_CHECKING:
@@ -24,39 +22,27 @@ SHAPES = {"better": ">", "worse": "<", "unknown": "o", "identical": "o"}  # not 
 
 
 def draw_ablation(study: Ablation, path: Path | str) -> None:
-    """Write a PNG to ``path``.
-
-    Raises `MissingExtraError` without matplotlib and `ResourceError` when the disk refuses.
-    """
+    """Write a PNG to ``path``; raises as `picture`."""
     effects = study.effects if len(study.rows) > len(study.effects) + 1 else []
-    with styled("drawing a study", {"axes.grid": False, "font.size": 10}):
-        from matplotlib.figure import Figure
-        from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-        counts = [len(study.rows), *([len(effects)] if effects else [])]
-        height = 1.6 + 0.34 * sum(counts) + 0.5 * len(counts)  # inches
-        margins = ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.1)
-        figure = Figure(figsize=(9, height), dpi=150, layout=margins)
+    counts = [len(study.rows), *([len(effects)] if effects else [])]
+    height = 1.6 + 0.34 * sum(counts) + 0.5 * len(counts)  # inches
+    seeds = f"{len(study.seeds)} seeds" if len(study.seeds) > 1 else "one seed"
+    title = f"{len(study.rows)} arms, {seeds} (dots), 95 % intervals"
+    with picture(path, "drawing a study", (9, height), title) as figure:
         axes = figure.subplots(len(counts), 1, sharex=True, height_ratios=counts, squeeze=False)
         _draw_arms(axes[0, 0], study)
         if effects:
             ax = axes[1, 0]
-            ax.set_title("Each setting alone, over all the others", fontsize=10)
+            ax.set_title("Each setting alone, over all the others")
             _draw(ax, [f"{e.value}, not {e.first}" for e in effects], [e.result for e in effects])
         axes[-1, 0].set_xlabel(
             f"better by so many {study.unit.replace(' a ', ' per ')} →   (left of the line: worse)"
         )
-        seeds = f"{len(study.seeds)} seeds" if len(study.seeds) > 1 else "one seed"
-        title = f"{len(study.rows)} arms, {seeds} (dots), 95 % intervals"
-        figure.suptitle(title, fontsize=12, fontweight="bold")
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", metadata={"Software": None})
-    write_atomic(Path(path), buffer.getvalue())
 
 
 def _draw_arms(ax: "Axes", study: Ablation) -> None:
     first = study.rows[0]
-    ax.set_title(f"Each arm beside {first.name}, whose loss is {first.loss:.3f}", fontsize=10)
+    ax.set_title(f"Each arm beside {first.name}, whose loss is {first.loss:.3f}")
     for place, row in enumerate(study.rows):
         gains = np.array(first.losses) - np.array(row.losses)
         ax.scatter(gains, np.full(len(gains), place + 0.25), s=14, color=SKY, zorder=2)
@@ -72,6 +58,6 @@ def _draw(ax: "Axes", names: list[str], results: "list[Difference | None]") -> N
         ax.hlines(place, result.low, result.high, color=colour, linewidth=2, zorder=3)
         ax.plot(result.gain, place, SHAPES[result.verdict], color=colour, markersize=7, zorder=4)
     ax.axvline(0, color=GRID, linewidth=1.5, zorder=1)
-    ax.set_yticks(range(len(names)), labels=[name.replace("$", r"\$") for name in names])
+    ax.set_yticks(range(len(names)), labels=names)
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.tick_params(left=False)

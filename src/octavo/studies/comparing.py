@@ -15,11 +15,10 @@ from octavo.evaluating.compare import (
     Difference,
     difference,
     flips,
-    noise_paired,
-    noise_within,
+    seed_noise,
     sentence,
 )
-from octavo.evaluating.hellaswag import Item, ProtocolName, score_hellaswag
+from octavo.evaluating.hellaswag import HellaSwag, Item, ProtocolName
 from octavo.language_model import LanguageModel, load
 from octavo.studies.judging import Ruler, check_side, find_runs, make_ruler
 from octavo.text.token_files import watched
@@ -42,16 +41,8 @@ class Finding:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON wants it."""
-        return {
-            "a": self.means[0],
-            "b": self.means[1],
-            "gain": self.result.gain,
-            "interval": [self.result.low, self.result.high],
-            "verdict": self.result.verdict,
-            "detectable": self.result.detectable,
-            "pairs": self.result.pairs,
-            "sentence": self.sentence,
-        }
+        a, b = self.means
+        return {"a": a, "b": b, **as_dict(self.result), "sentence": self.sentence}
 
 
 @dataclass(frozen=True)
@@ -73,9 +64,15 @@ class Benchmark:
 
     def figures(self, lm: LanguageModel) -> np.ndarray:
         """For ``acc`` and ``acc_norm`` 100 where the item is right, else 0: (2, N)."""
-        score = score_hellaswag(lm, self.items, self.protocol)
+        score = HellaSwag(self.items, lm.tokenizer, self.protocol).score(lm.model)
         right = np.stack([score.choices_acc == score.labels, score.choices == score.labels])
         return 100.0 * right
+
+
+def as_dict(result: Difference) -> dict[str, Any]:
+    """What JSON holds of a difference."""
+    names = ("gain", "verdict", "detectable", "pairs")
+    return {name: getattr(result, name) for name in names} | {"interval": [result.low, result.high]}
 
 
 def compare_runs(
@@ -155,10 +152,8 @@ def contrast(
 ) -> tuple[Difference, Pair[float]]:
     """The difference of two sides' figures (S, N), (S', N), and the mean of each side."""
     in_a, in_b = a.sum(1) / weights.sum(), b.sum(1) / weights.sum()
-    if paired_seeds(*seeds):
-        noise = noise_paired(in_a[np.argsort(seeds[0])], in_b[np.argsort(seeds[1])])
-    else:
-        noise = noise_within(in_a, in_b)
+    by_seed = in_a[np.argsort(seeds[0])], in_b[np.argsort(seeds[1])]
+    noise = seed_noise(*by_seed, paired_seeds(*seeds))
     result = difference(a, b, weights, noise, lower_is_better=lower_is_better, level=level)
     return result, (float(in_a.mean()), float(in_b.mean()))
 

@@ -1,7 +1,6 @@
 """What is slow or wrong, on this machine and with a run, and the one thing to do about it.
 
-Facts are gathered here; `doctor_machine` and `doctor_rules` are small functions from facts to a
-finding.
+Facts are gathered here; `doctor_rules` is what follows from them.
 """
 
 import contextlib
@@ -26,6 +25,9 @@ from octavo.reporting.report import read_metrics
 from octavo.training.hardware import peak_flops
 from octavo.training.learner import choose_precision
 from octavo.training.memory import Conditions, free_memory
+
+Points = list[tuple[int, float]]
+"""Losses in nats a token, by step."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a run's settings and metrics say; losses in nats a token, by step."""
+    """What a run's settings and metrics say."""
 
     path: str
     config: Config
@@ -68,21 +70,26 @@ class RunFacts:
     tokens_in_text: int
     tokens_seen: int
     seconds: float
-    losses: list[tuple[int, float]]
-    validations: list[tuple[int, float]]
+    losses: Points
+    validations: Points
     skipped: int
     sample: str
     finished: bool
+
+    @property
+    def best(self) -> tuple[int, float]:
+        """The step and the loss of the best validation; there must be one."""
+        return min(self.validations, key=lambda point: point[1])
 
 
 @dataclass(frozen=True)
 class Finding:
     """What is wrong and what to do; where it ``blocks`` nothing can be trained."""
 
+    rule: str
     what: str
     fix: str
     blocks: bool = False
-    rule: str = ""
 
 
 def examine_machine(folder: Path) -> Machine:
@@ -122,7 +129,7 @@ def examine_run(run: Run) -> RunFacts:
     events = read_metrics(run.path) if (run.path / "metrics.jsonl").exists() else []
     config, last = run.config, events[-1] if events else {}
 
-    def series(event: str, value: str) -> list[tuple[int, float]]:
+    def series(event: str, value: str) -> Points:
         return [
             (e["step"], float(e[value]))
             for e in events

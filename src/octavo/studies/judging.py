@@ -89,19 +89,18 @@ def make_ruler(
     runs validated on. Raises `ConfigError` where the validation texts differ or there is none.
     """
     count = count or max((lm.run.config.eval.windows if lm.run else WINDOWS) for lm in models)
-    alike = {
-        (lm.tokenizer.fingerprint if lm.has_tokenizer else "ids", lm.config.block_size)
-        for lm in models
-    }
-    remark = _why_stretches(models)
+    tokenizers = {lm.tokenizer.fingerprint if lm.has_tokenizer else "ids" for lm in models}
+    alike = len(tokenizers) == len({lm.config.block_size for lm in models}) == 1
+    differing = "tokenizers" if len(tokenizers) > 1 else "contexts"
+    remark = f"the runs have different {differing}, so they are compared in bits a byte"
     if text is not None:
         passage = read_corpus(text).text
-        if len(alike) == 1:
+        if alike:
             tokens = models[0].tokenizer.encode_array(passage)
             return _windows(models, tokens, count, text)
         return _stretches(models, passage, count, text, remark)
     parts = [_validation_tokens(lm) for lm in models]
-    if len(alike) == 1:
+    if alike:
         rulers = [_windows(models, tokens, count, name) for tokens, name in parts]
         first = rulers[0]
         if all(np.array_equal(first.y, other.y) for other in rulers[1:]):
@@ -127,10 +126,9 @@ def make_ruler(
 def find_runs(word: str) -> list[str]:
     """The runs that a word names: one, several joined by commas, a glob, or a folder of runs."""
     path = Path(word)
-    if Run.find(path) or (path / "config.json").is_file():
-        return [word]
     if path.is_dir():
-        inside = [str(p.parent) for p in sorted(path.glob("*/config.yaml"))]
+        one = Run.find(path) or (path / "config.json").is_file()
+        inside = [] if one else [str(p.parent) for p in sorted(path.glob("*/config.yaml"))]
         return inside or [word]
     if "," in word:
         return [run for part in word.split(",") if part for run in find_runs(part)]
@@ -219,11 +217,9 @@ def _validation_tokens(lm: LanguageModel) -> tuple[np.ndarray | Tokens, str]:
 
 def _text_of(lm: LanguageModel, tokens: np.ndarray | Tokens) -> str:
     """The text that tokens came from: documents with a blank line between two."""
-    tokens = np.asarray(tokens)
-    eot = lm.tokenizer.eot_id
-    cuts = [] if eot is None else np.flatnonzero(tokens == eot)
-    parts = np.split(tokens, cuts)
-    documents = [lm.tokenizer.decode(part[part != eot] if len(cuts) else part) for part in parts]
+    tokens, eot = np.asarray(tokens), lm.tokenizer.eot_id
+    parts = np.split(tokens, np.flatnonzero(tokens == eot))
+    documents = [lm.tokenizer.decode(part[part != eot]) for part in parts]
     return "\n\n".join(documents).lstrip("\ufffd")
 
 
@@ -247,12 +243,6 @@ def _mask_id(lm: LanguageModel) -> int | None:
     """The end-of-text token that this run's attention does not cross, if it was trained so."""
     masked = lm.run is not None and lm.run.config.data.mask_documents
     return lm.tokenizer.eot_id if masked and lm.has_tokenizer else None
-
-
-def _why_stretches(models: Sequence[LanguageModel]) -> str:
-    if len({lm.tokenizer.fingerprint for lm in models if lm.has_tokenizer}) > 1:
-        return "the runs have different tokenizers, so they are compared in bits a byte"
-    return "the runs have different contexts, so they are compared in bits a byte"
 
 
 def _sha256(text: str) -> str:

@@ -22,6 +22,7 @@ from octavo.model.gpt import GPT
 from octavo.studies.plan_probe import MOST_PASSES, STEPS, Probe, probe
 from octavo.studies.plan_remarks import ARRANGED, remarks_on
 from octavo.text.batches import Batches, fixed_windows
+from octavo.training.deadline import DRAFT_SHARE
 from octavo.training.learner import choose_precision
 from octavo.training.memory import (
     ROOM,
@@ -34,7 +35,6 @@ from octavo.training.memory import (
 from octavo.training.task import ASSUMED_RATE, Task
 
 AFFORDABLE = 60.0  # seconds that a probe may be expected to take when nobody asked for it
-DRAFT_SHARE = 0.1  # of the training's time, for its draft
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def make_plan(
     plan = count_plan(task, device, beside, done)
     train, rate = task.config.train, ASSUMED_RATE.get(device.type, math.inf)
     rows = (STEPS + 1) * min(train.grad_accum, MOST_PASSES) * train.micro_batch_size
-    cost = 3.0 * plan.flops_a_token * rows * width(task) / rate
+    cost = 3.0 * plan.flops_a_token * rows * task.batches.block_size / rate
     if probing or (probing is None and plan.fits and cost < AFFORDABLE):
         plan = timed_plan(plan, task, probe(task, beside), done, prepared)
     else:
@@ -120,14 +120,16 @@ def count_plan(task: Task, device: torch.device, beside: Path, done: int = 0) ->
     """Everything that the configuration and the text decide, without a tensor."""
     config = task.config
     model, train = config.model, config.train
+    width = task.batches.block_size  # or as many tokens as the longest example has
     count, trainable = count_parameters(model), trainable_count(task)
     half = choose_precision(train.precision, device) != torch.float32
-    conditions = Conditions(device.type, half, width(task), trainable)
-    memory, room = training_memory(config, conditions), free_memory(device.type) * ROOM
-    fitting = largest_fitting(config, conditions, room)
-    rows, flops = train.batch_size, flops_per_token(model, width(task))
+    conditions = Conditions(device.type, half, width, trainable)
+    memory, free = training_memory(config, conditions), free_memory(device.type)
+    fitting = largest_fitting(config, conditions, free * ROOM)
+    flops, step = flops_per_token(model, width), train.batch_size * width
     left = max(train.max_steps - done, 0)
     checkpoint = 4 * trainable + memory.optimizer
+    epochs = train.max_steps * train.batch_size / task.batches.windows
     return Plan(
         conditions=conditions,
         parameters=vars(count),
@@ -135,13 +137,13 @@ def count_plan(task: Task, device: torch.device, beside: Path, done: int = 0) ->
         parameters_embedding=count.total - count.non_embedding,
         parameters_trainable=trainable,
         tokens_in_text=task.data["tokens"],
-        tokens_a_step=rows * width(task),
-        tokens_in_all=rows * width(task) * train.max_steps,
+        tokens_a_step=step,
+        tokens_in_all=step * train.max_steps,
         steps_left=left,
-        epochs=train.max_steps * rows / task.batches.windows if task.data["tokens"] else 0.0,
-        tokens_a_parameter=rows * width(task) * train.max_steps / count.total,
+        epochs=epochs if task.data["tokens"] else 0.0,
+        tokens_a_parameter=step * train.max_steps / count.total,
         flops_a_token=flops,
-        training_flops=3.0 * flops * rows * width(task) * left,
+        training_flops=3.0 * flops * step * left,
         weights_bytes=4 * trainable,
         kv_cache_bytes=cache_bytes(model),
         checkpoint_bytes=checkpoint,
@@ -149,8 +151,8 @@ def count_plan(task: Task, device: torch.device, beside: Path, done: int = 0) ->
         disk_bytes=checkpoint * (config.checkpoint.keep + 1 + (task.val is not None)),
         disk_free_bytes=shutil.disk_usage(beside).free,
         memory=memory,
-        memory_free_bytes=free_memory(device.type),
-        fits=memory.peak <= room,
+        memory_free_bytes=free,
+        fits=memory.peak <= free * ROOM,
         fitting={name: getattr(fitting.train, name) for name in ARRANGED} if fitting else {},
     )
 
@@ -177,18 +179,13 @@ def timed_plan(plan: Plan, task: Task, found: Probe, done: int, prepared: float)
         measured=found,
         tokens_per_s=plan.tokens_a_step / found.step,
         times=times,
-        seconds=sum(times.values()),
+        seconds=config.train.budget or sum(times.values()),
     )
 
 
 def occasions(done: int, last: int, every: int) -> set[int]:
     """The steps after ``done`` at which something is due, the last always among them."""
     return {step for step in range(every, last, every or 1) if step > done and every} | {last}
-
-
-def width(task: Task) -> int:
-    """Tokens in a row: block_size, or as many as the longest example has."""
-    return task.batches.block_size
 
 
 def trainable_count(task: Task) -> int:

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
 import tempfile
@@ -33,6 +32,7 @@ from octavo.model_config import ModelConfig
 from octavo.text.batches import Batches
 from octavo.text.tokenizer import Tokenizer
 from octavo.training.display import Display
+from octavo.training.hardware import peak_memory
 from octavo.training.keeper import Keeper, sample, validate
 from octavo.training.learner import build_learner, choose_precision, optimizer_step
 from octavo.training.memory import VALIDATED
@@ -192,15 +192,6 @@ def measure(folder: Path, seconds: float, began: float) -> Probe:
     return Probe(step_bytes, peak_bytes, start, step_seconds, validation, sampling, saving, drawing)
 
 
-def measure_step(task: Task, device: torch.device) -> int:
-    """Bytes that two steps of ``task`` need in this process."""
-    memory = Growth(task.config, device)
-    learner = build_learner(task, device, Display(quiet=True))
-    for _ in range(STEPS):
-        optimizer_step(learner)
-    return memory.needed()
-
-
 def _timed(what: Callable[[], Any]) -> float:
     started = time.perf_counter()
     what()
@@ -260,8 +251,7 @@ def _resident(name: str) -> int:
         found = re.search(rf"{name}:\s+(\d+) kB", status.read_text(encoding="ascii"))
         assert found is not None
         return int(found[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak_memory(torch.device("cpu"))
 
 
 def _forget_peak() -> None:

@@ -1,5 +1,6 @@
 """What quantization costs and gives: perplexity, divergence from the original, tokens a second."""
 
+import dataclasses
 import itertools
 import math
 import time
@@ -43,9 +44,9 @@ class Windows:
     eot_id: int | None = None
     """The token beyond which attention may not look back, if there is one."""
 
-    def few(self, part: int) -> "Windows":
-        """Every so-many-th window."""
-        return Windows(self.name, self.x[::part], self.y[::part], self.own, self.eot_id)
+    def at(self, rows: slice | np.ndarray) -> "Windows":
+        """Some of them."""
+        return dataclasses.replace(self, x=self.x[rows], y=self.y[rows])
 
     @property
     def tokens(self) -> int:
@@ -152,8 +153,8 @@ def _own_words(lm: LanguageModel, why: str) -> Windows:
 def _spread(windows: Windows) -> Windows:
     """At most so many windows as hold `TOKENS`, evenly spread."""
     n = len(windows.x)
-    rows = np.linspace(0, n - 1, min(n, max(1, TOKENS // windows.x.shape[1]))).round().astype(int)
-    return Windows(windows.name, windows.x[rows], windows.y[rows], eot_id=windows.eot_id)
+    most = max(1, TOKENS // windows.x.shape[1])
+    return windows.at(np.linspace(0, n - 1, min(n, most)).round().astype(int))
 
 
 def tokens_per_second(models: Mapping[str, LanguageModel]) -> dict[str, float]:

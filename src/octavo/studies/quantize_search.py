@@ -8,6 +8,7 @@ the order of harm a byte saved, and how many can be taken is found by bisection,
 model each time. The same run, text and number of threads give the same mix.
 """
 
+import bisect
 import contextlib
 import math
 from collections import defaultdict
@@ -176,14 +177,11 @@ def search(mix: Mix, judge: Judge, bound: float) -> tuple[dict[str, Storage], li
         )
     harm = measure_units(mix, judge)
     steps = order_steps(mix, harm)
-    low, high = 0, len(steps)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if judge.cost(mix.at(steps[:middle]), "measuring a mix").rise <= bound:
-            low = middle
-        else:
-            high = middle - 1
-    taken = dict(steps[:low])
+
+    def too_far(number: int) -> bool:
+        return judge.cost(mix.at(steps[: number + 1]), "measuring a mix").rise > bound
+
+    taken = dict(steps[: bisect.bisect_left(range(len(steps)), True, key=too_far)])
     chosen = {
         name: mix.storage(name, taken.get(unit, 0))
         for unit, names in mix.units.items()
@@ -199,7 +197,7 @@ def search(mix: Mix, judge: Judge, bound: float) -> tuple[dict[str, Storage], li
 
 def measure_units(mix: Mix, judge: Judge) -> dict[str, float]:
     """By how many nats a token each unit alone diverges more at level 1 than at level 0."""
-    few = Judge(judge.original, judge.windows.few(RANKED_ON))
+    few = Judge(judge.original, judge.windows.at(slice(None, None, RANKED_ON)))
     least = few.cost(mix.at([])).kl
     found = watched(mix.units, len(mix.units), "measuring each part at int4")
     return {unit: max(few.cost(mix.at([(unit, 1)])).kl - least, 0.0) for unit in found}

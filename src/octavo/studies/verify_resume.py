@@ -87,7 +87,9 @@ def shorten(config: Config, steps: int) -> Config:
 
     return dataclasses.replace(
         config,
-        train=dataclasses.replace(config.train, max_steps=steps, draft=False, quantize=None),
+        train=dataclasses.replace(
+            config.train, max_steps=steps, budget=0.0, draft=False, quantize=None
+        ),
         eval=dataclasses.replace(
             config.eval, every=within(config.eval.every), hellaswag=None, hellaswag_every=0
         ),

@@ -43,30 +43,23 @@ class Batches:
     def __len__(self) -> int:
         return self.windows
 
-    def steps_per_epoch(self, batch_size: int) -> int:
-        """Steps of ``batch_size`` rows until every window was seen."""
-        return math.ceil(self.windows / batch_size)
-
     def rows(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows ``first`` to ``first + count``: inputs and targets, int64, each (count, T)."""
         return _gather(self.tokens, self.starts(first, count), self.block_size, self.eot_id)
 
-    def iterate(self, batch_size: int, first_row: int = 0) -> "Epochs":
-        """For a loop of one's own: ``for x, y in batches.iterate(batch_size)`` is an epoch."""
-        return Epochs(self, batch_size, first_row)
-
     def starts(self, first: int, count: int) -> np.ndarray:
         """The positions (count,) in ``tokens`` where these rows begin."""
         row = first + np.arange(count)
-        if self.sampling == "random":
-            return _draw(row, len(self.tokens) - self.block_size, self.seed)
+        if self.sampling == "random":  # from 64 bits the remainder's bias is invisible
+            places = np.uint64(len(self.tokens) - self.block_size)
+            return (_keyed(self.seed, row) % places).astype(np.int64)
         return shuffled(row, self.windows, self.seed) * self.block_size
 
 
 class Epochs:
-    """Batches of ``batch_size`` rows; each pass over it is an epoch, or what is left of one.
+    """For a loop of one's own: ``for x, y in epochs`` is an epoch, or what is left of one.
 
-    All its state is the number of the next row.
+    ``x`` and ``y`` have ``batch_size`` rows; all the state is the number of the next row.
     """
 
     def __init__(self, batches: Batches, batch_size: int, row: int = 0) -> None:
@@ -74,7 +67,7 @@ class Epochs:
 
     def __len__(self) -> int:
         """Batches in an epoch; the last one may be smaller."""
-        return self.batches.steps_per_epoch(self.batch_size)
+        return math.ceil(self.batches.windows / self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         end = (self.row // len(self.batches) + 1) * len(self.batches)
@@ -163,18 +156,17 @@ def _permute(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
     return image.astype(np.int64)
 
 
-def _draw(row: np.ndarray, n: int, seed: int) -> np.ndarray:
-    """A number from 0 ... n - 1 for each row; from 64 bits the remainder's bias is invisible."""
-    return (_keyed(seed, row) % np.uint64(n)).astype(np.int64)
-
-
 def _keyed(*parts: int | np.ndarray) -> np.ndarray:
-    """64 well-mixed bits for each combination of ``parts``: SplitMix64 (Steele et al. 2014)."""
+    """64 well-mixed bits for each combination of ``parts``."""
     state = np.zeros(1, dtype=np.uint64)  # an array, as only arrays wrap without a warning
     for part in parts:
-        state = state ^ np.asarray(part).astype(np.uint64)
-        state = state + np.uint64(0x9E3779B97F4A7C15)
-        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        state = state ^ (state >> np.uint64(31))
+        state = mixed(state ^ np.asarray(part).astype(np.uint64))
     return state
+
+
+def mixed(x: np.ndarray) -> np.ndarray:
+    """Every bit of the result depends on every bit of ``x``: SplitMix64 (Steele et al. 2014)."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -8,11 +8,10 @@ its markers are the role's name, a colon and line ends, which any tokenizer can 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from octavo.disk import write_atomic
 from octavo.errors import DataError
 from octavo.manifest import to_json
 from octavo.text.files import decode, read_bytes
@@ -46,6 +45,11 @@ class ChatTemplate:
     bos_token: str = ""
     eos_token: str = ""
 
+    @property
+    def stop(self) -> str:
+        """What ends the assistant's words: the end-of-text token, a blank line where none is."""
+        return self.eos_token or "\n\n"
+
     @classmethod
     def default(cls, tokenizer: Tokenizer) -> "ChatTemplate":
         """Ours, ending the assistant's turns with the tokenizer's end-of-text token."""
@@ -78,21 +82,12 @@ class ChatTemplate:
             raise DataError(error.what, f"in {directory}", error.fix) from None
         return template
 
-    def save(self, directory: Path | str) -> None:
-        """Write it into the directory's ``tokenizer_config.json``; what else is there stays."""
-        directory = Path(directory)
-        known = _read_config(directory / CONFIG)
-        for name, data in self.files(known).items():
-            write_atomic(directory / name, data)
-        (directory / TEMPLATE).unlink(missing_ok=True)  # it would win over the one just written
-
-    def files(self, known: Mapping[str, Any] | None = None) -> dict[str, bytes]:
-        """The files a tokenizer's directory holds of it; ``known`` is what else they say."""
+    def files(self) -> dict[str, bytes]:
+        """The files that a tokenizer's directory holds of it."""
         tokens = {"bos_token": self.bos_token, "eos_token": self.eos_token}
         own = {name: token for name, token in tokens.items() if token}
-        own["chat_template"] = self.source
         plain = {"tokenizer_class": "PreTrainedTokenizerFast"}
-        return {CONFIG: to_json(plain | dict(known or {}) | own)}
+        return {CONFIG: to_json(plain | own | {"chat_template": self.source})}
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         """The conversation as a text; with ``add_generation_prompt`` the assistant goes on from it.
@@ -139,11 +134,12 @@ class ChatTemplate:
         from jinja2 import TemplateSyntaxError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        # As transformers sets it up, without the clock: a text is the same every day.
+        # As transformers sets it up, JSON without HTML's escapes too, but for the clock: a text is
+        # the same every day.
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
-        environment.filters["tojson"] = _plain_json
+        environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
         try:
             return environment.from_string(self.source)
         except (TemplateSyntaxError, RecursionError) as error:
@@ -243,8 +239,3 @@ def _token(entry: Any) -> str:
 def _refuse(message: str) -> None:
     """What templates call to refuse a conversation."""
     raise DataError(f"the chat template refuses the conversation: {' '.join(message.split())}")
-
-
-def _plain_json(value: Any, indent: int | None = None) -> str:
-    """JSON without the HTML escapes of Jinja2's own filter."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)

@@ -17,15 +17,14 @@ import numpy as np
 
 from octavo.config import DataConfig
 from octavo.errors import ConfigError, DataError
-from octavo.settings import nearest
 from octavo.text.download import fetch
 from octavo.text.files import (
     RECORD_SUFFIXES,
     byte_size,
     counted,
     decode,
+    did_you_mean,
     find_files,
-    neighbours,
     read_bytes,
     records,
 )
@@ -35,6 +34,7 @@ from octavo.text.tokenizer import Tokenizer
 
 Row = np.ndarray | Tokens
 NAMED = ("python-docs", "shakespeare")
+KINDS = ("auto", "char", "byte", "gpt2", "bpe")
 SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 )
@@ -77,10 +77,14 @@ def read_corpus(source: str | list[str] | None, field: str | None = None) -> Cor
         source = "data/input.txt" if Path("data/input.txt").is_file() else "python-docs"
     items = [source] if isinstance(source, str) else source
     name = ", ".join("standard input" if item == "-" else item for item in items)
-    reader = _Reader(name, field or "text")
+    reader = _Reader(field or "text")
     for item in items:
         reader.add(item)
-    return reader.corpus()
+    documents = [document for document in reader.documents if document]
+    if sum(map(len, documents)) < 2:
+        amount = "a single character" if documents else "no text"
+        raise DataError(f"there is {amount}", f"in {name}", "give a text to learn from")
+    return Corpus(name, documents, reader.description(name, documents))
 
 
 def choose_tokenizer(corpus: Corpus, data: DataConfig) -> Tokenizer:
@@ -106,11 +110,8 @@ def ready_tokenizer(kind: str, separator: bool = False) -> Tokenizer:
         return Tokenizer.gpt2()
     if os.path.exists(kind):
         return Tokenizer.load(kind)
-    guess = nearest(kind, ("auto", "char", "byte", "gpt2", "bpe", *neighbours(kind)))
-    raise ConfigError(
-        f"data.tokenizer is {kind!r}, which is no file",
-        fix=f"did you mean {guess}?" if guess else "give auto, char, byte, gpt2, bpe or a path",
-    )
+    fix = did_you_mean(kind, KINDS, f"give {', '.join(KINDS)} or a path")
+    raise ConfigError(f"data.tokenizer is {kind!r}, which is no file", fix=fix)
 
 
 def tokenize(corpus: Corpus, tokenizer: Tokenizer) -> np.ndarray:
@@ -132,7 +133,6 @@ def split(tokens: Row, val_fraction: float) -> tuple[Row, Row]:
 class _Reader:
     """What has been read so far."""
 
-    name: str
     field: str
     documents: list[str] = field(default_factory=list)
     named: list[str] = field(default_factory=list)
@@ -149,7 +149,9 @@ class _Reader:
             self.documents += documents
         elif item == "shakespeare":
             self.named.append("Tiny Shakespeare")
-            self._add_bytes(_fetch_shakespeare(), Path(item))
+            otherwise = "without a network train on python-docs, or name a text of your own"
+            data = fetch("tinyshakespeare.txt", SHAKESPEARE_URL, SHAKESPEARE_SHA256, otherwise)
+            self._add_bytes(data, Path(item))
         elif item == "-":
             self.named.append("standard input")
             self._add_bytes(sys.stdin.buffer.read(), Path("standard input"))
@@ -157,17 +159,12 @@ class _Reader:
             paths, passed_over = find_files(item, TEXT_SUFFIXES, NAMED)
             self.skipped += passed_over
             for path in paths:
-                self._add_file(path)
+                if path not in self.files:
+                    self.files.add(path)
+                    self._add_bytes(read_bytes(path), path)
 
-    def corpus(self) -> Corpus:
-        """All of it; `DataError` when that is less than two characters."""
-        documents = [document for document in self.documents if document]
-        if sum(map(len, documents)) < 2:
-            amount = "a single character" if documents else "no text"
-            raise DataError(f"there is {amount}", f"in {self.name}", "give a text to learn from")
-        return Corpus(self.name, documents, self._description(documents))
-
-    def _description(self, documents: list[str]) -> str:
+    def description(self, name: str, documents: list[str]) -> str:
+        """A line that says what was read."""
         read = [counted(len(self.files), "file")] if self.files else []
         characters = sum(map(len, documents)) + 2 * (len(documents) - 1)
         parts = [f"read {' and '.join(read + self.named)}", byte_size(self.size)]
@@ -175,28 +172,17 @@ class _Reader:
         if len(documents) != len(self.files) + len(self.named):
             parts.append(counted(len(documents), "document"))
         if self.files:
-            parts.append(f"from {self.name}")
+            parts.append(f"from {name}")
         line = ", ".join(parts)
         if self.skipped:
             kinds = ", ".join(suffix or "without a suffix" for suffix in sorted(self.skipped))
             line += f"; passed over {counted(self.skipped.total(), 'file')} ({kinds})"
         return line
 
-    def _add_file(self, path: Path) -> None:
-        if path not in self.files:
-            self.files.add(path)
-            self._add_bytes(read_bytes(path), path)
-
     def _add_bytes(self, data: bytes, path: Path) -> None:
         self.size += len(data)
-        text = decode(data, path)
         if path.suffix.lower() in RECORD_SUFFIXES:
-            found = records(text, path)
+            found = records(data, path)
             self.documents += [record.text(self.field, "data.field") for record in found]
         else:
-            self.documents.append(text)
-
-
-def _fetch_shakespeare() -> bytes:
-    otherwise = "without a network train on python-docs, or name a text of your own"
-    return fetch("tinyshakespeare.txt", SHAKESPEARE_URL, SHAKESPEARE_SHA256, otherwise)
+            self.documents.append(decode(data, path))

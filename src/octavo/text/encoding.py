@@ -5,7 +5,6 @@ of that at a time.
 """
 
 import functools
-import json
 import multiprocessing
 import os
 import signal
@@ -22,7 +21,6 @@ import numpy as np
 from octavo.errors import ResourceError
 from octavo.text.streaming import Cut, Piece, after_word, digest
 from octavo.text.tokenizer import Tokenizer
-from octavo.text.tokenizer_json import is_gpt2_kind
 
 Label = TypeVar("Label")
 WAITING = 3  # batches a process has before it, so that it never waits for the next
@@ -33,12 +31,8 @@ class Encoded(NamedTuple):
 
     ids: np.ndarray
     """(N,) of all pieces, the end-of-text token behind each document's last."""
-    tokens: np.ndarray
-    """(pieces,) int64."""
-    bytes: np.ndarray
-    """(pieces,) int64, in UTF-8."""
-    characters: np.ndarray
-    """(pieces,) int64."""
+    sizes: np.ndarray
+    """(pieces, 3) int64: each one's tokens, bytes of UTF-8 and characters."""
     digests: np.ndarray
     """(documents,) uint64, of those that begin here."""
 
@@ -56,9 +50,8 @@ def encode(tokenizer: Tokenizer, pieces: Sequence[Piece]) -> Encoded:
         if piece.last:
             rows.append(end.astype(ids.dtype))
         sizes.append((len(ids) + piece.last * len(end), len(data), len(piece.text)))
-    tokens, size, characters = np.array(sizes, dtype=np.int64).reshape(-1, 3).T
-    begun = np.frombuffer(b"".join(digests), "<u8")
-    return Encoded(np.concatenate(rows), tokens, size, characters, begun)
+    counted = np.array(sizes, dtype=np.int64).reshape(-1, 3)
+    return Encoded(np.concatenate(rows), counted, np.frombuffer(b"".join(digests), "<u8"))
 
 
 def encode_all(
@@ -93,12 +86,11 @@ def encode_all(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def cut_for(tokenizer: Tokenizer, file: Path) -> Cut | None:
+def cut_for(tokenizer: Tokenizer) -> Cut | None:
     """Where a text may be cut without a change in its tokens; None: nowhere is known to be safe."""
     if tokenizer.kind in ("char", "byte"):
         return len
-    spec = json.loads(file.read_text(encoding="utf-8"))
-    return after_word if is_gpt2_kind(spec) else None
+    return after_word if tokenizer.is_gpt2_kind else None
 
 
 def _encode(file: Path, pieces: Sequence[Piece]) -> Encoded:

@@ -5,8 +5,7 @@ loss serves them all: the next id in completions and assistants' turns, the labe
 last token. A row is one example, padded on the right, where no earlier position sees it.
 """
 
-import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -16,16 +15,7 @@ import numpy as np
 from octavo.errors import DataError
 from octavo.text.batches import shuffled
 from octavo.text.chat import ChatTemplate, encode_chat, encode_pieces
-from octavo.text.files import (
-    RECORD_SUFFIXES,
-    Record,
-    byte_size,
-    counted,
-    decode,
-    find_files,
-    read_bytes,
-    records,
-)
+from octavo.text.files import Record, counted, read_records
 from octavo.text.tokenizer import Tokenizer
 
 Kind = Literal["completion", "chat", "labels"]
@@ -122,8 +112,7 @@ def read_examples(
             "name one field for each",
         )
     name = source if isinstance(source, str) else ", ".join(source)
-    reader = _Reader(name)
-    found = list(reader.records([source] if isinstance(source, str) else source))
+    found, read, sha256 = read_records(source)
     if not found:
         raise DataError("there are no records", f"in {name}", "give examples to learn from")
     known: list[str] = []
@@ -135,15 +124,18 @@ def read_examples(
             whole = [_conversation(record, tokenizer, template, *names) for record in found]
         case "labels":
             given = [_label(record, names[1]) for record in found]
-            known = _sorted_labels(given, name) if labels is None else list(labels)
+            known = sorted(set(given)) if labels is None else list(labels)
+            if len(known) < 2:
+                what = f"every record has the label {known[0]!r}"
+                raise DataError(what, f"in {name}", "give examples of two labels or more")
             pairs = zip(found, given, strict=True)
             whole = [_labelled(r, tokenizer, names[0], label, known) for r, label in pairs]
     examples = [example.cut(block_size) for example in whole]
-    description = ", ".join([reader.read(), _amount(examples, known), f"from {name}"])
+    description = f"{read}, {_amount(examples, known)}, from {name}"
     description += _losses(whole, examples, block_size)
     if kind == "completion" and tokenizer.eot_id is None:
         description += "; the tokenizer has no end-of-text token, so no end is learned"
-    return ExampleSet(name, examples, description, reader.digest.hexdigest(), known)
+    return ExampleSet(name, examples, description, sha256, known)
 
 
 def split_examples(
@@ -158,30 +150,6 @@ def split_examples(
     n_train = int(len(examples) * (1 - val_fraction))
     train, val = np.sort(drawn[:n_train]), np.sort(drawn[n_train:])
     return [examples[i] for i in train], [examples[i] for i in val]
-
-
-class _Reader:
-    """Gives the records of what a user named, and remembers what was read."""
-
-    def __init__(self, name: str) -> None:
-        self.name, self.files, self.size = name, 0, 0
-        self.digest = hashlib.sha256()
-
-    def records(self, items: Iterable[str]) -> Iterator[Record]:
-        """Every record; a file named twice is read once."""
-        paths = [path for item in items for path in find_files(item, RECORD_SUFFIXES)[0]]
-        for path in dict.fromkeys(paths):
-            if path.suffix.lower() not in RECORD_SUFFIXES:
-                raise DataError(
-                    f"{path} holds no records", fix=f"give {' or '.join(RECORD_SUFFIXES)}"
-                )
-            data = read_bytes(path)
-            self.files, self.size = self.files + 1, self.size + len(data)
-            self.digest.update(data)
-            yield from records(decode(data, path), path)
-
-    def read(self) -> str:
-        return f"read {counted(self.files, 'file')}, {byte_size(self.size)}"
 
 
 def _completion(record: Record, tokenizer: Tokenizer, prompt: str, completion: str) -> Example:
@@ -229,17 +197,6 @@ def _label(record: Record, field: str) -> str:
     if not label:
         raise record.error("has an empty label")
     return label
-
-
-def _sorted_labels(given: list[str], name: str) -> list[str]:
-    labels = sorted(set(given))
-    if len(labels) < 2:
-        raise DataError(
-            f"every record has the label {labels[0]!r}",
-            f"in {name}",
-            "give examples of two labels or more",
-        )
-    return labels
 
 
 def _labelled(

@@ -7,11 +7,13 @@ is a `DataError` that names the file, and the line or the byte.
 
 import csv
 import glob
+import hashlib
 import io
 import json
 import os
+import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,13 +45,13 @@ class Record:
         value = self.get(field, setting)
         if not isinstance(value, str):
             raise self.error(f"has no text under {field!r} but {value!r:.40}")
-        if _has_lone_surrogate(value):
+        if re.search("[\ud800-\udfff]", value):  # JSON can spell it, and UTF-8 cannot
             raise self.error(f"has half a character, a lone surrogate, in {field!r}")
         return value
 
     def error(self, what: str, fix: str = "mend or remove it") -> DataError:
         """An error about this record, to be raised."""
-        return _bad_record(what, self.path, self.line, fix)
+        return DataError(f"line {self.line} {what}", f"in {self.path}", fix)
 
 
 def find_files(
@@ -69,11 +71,17 @@ def find_files(
         matches = [Path(match) for match in glob.glob(item, recursive=True)]
         if found := sorted((match for match in matches if match.is_file()), key=Path.as_posix):
             return found, Counter()
-    guess = nearest(item, [*named, *neighbours(item)])
-    choices = " or ".join(["a file, a folder", named[0]] if named else ["a file", "a folder"])
-    raise DataError(
-        f"there is no text {item!r}", fix=f"did you mean {guess}?" if guess else f"name {choices}"
-    )
+    choices = f"a file, a folder or {named[0]}" if named else "a file or a folder"
+    raise DataError(f"there is no text {item!r}", fix=did_you_mean(item, named, f"name {choices}"))
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
+    """What to do about an unknown ``name``: the nearest of ``known`` and of the files there."""
+    folder, files = os.path.dirname(name), []
+    with suppress(OSError, ValueError):  # ValueError: NUL in the path
+        files = [os.path.join(folder, file) for file in os.listdir(folder or ".")]
+    guess = nearest(name, [*known, *files])
+    return f"did you mean {guess}?" if guess else otherwise
 
 
 def read_bytes(path: Path) -> bytes:
@@ -87,8 +95,7 @@ def read_bytes(path: Path) -> bytes:
 def decode(data: bytes, path: Path) -> str:
     """The text of a file's bytes; a NUL is no text."""
     try:
-        nul = data.find(b"\0")
-        if nul >= 0:
+        if (nul := data.find(b"\0")) >= 0:
             raise UnicodeDecodeError("utf-8", data, nul, nul + 1, "NUL")
         return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
@@ -99,17 +106,61 @@ def decode(data: bytes, path: Path) -> str:
         ) from None
 
 
-def records(text: str, path: Path) -> Iterator[Record]:
-    """The records of a file's text, .csv or .jsonl as its path says."""
-    return (_csv_records if path.suffix.lower() == ".csv" else _json_records)(text, path)
+def read_records(source: str | Sequence[str]) -> tuple[list[Record], str, str]:
+    """The records of .jsonl and .csv files, folders and globs of them, or a list of these.
+
+    A file named twice is read once. Also says in words how much was read, and the SHA-256 of the
+    files' bytes, joined.
+    """
+    found: list[Record] = []
+    size, digest = 0, hashlib.sha256()
+    items = [source] if isinstance(source, str) else source
+    paths = dict.fromkeys(path for item in items for path in find_files(item, RECORD_SUFFIXES)[0])
+    for path in paths:
+        if path.suffix.lower() not in RECORD_SUFFIXES:
+            raise DataError(f"{path} holds no records", fix=f"give {' or '.join(RECORD_SUFFIXES)}")
+        data = read_bytes(path)
+        size += len(data)
+        digest.update(data)
+        found += records(data, path)
+    return found, f"read {counted(len(paths), 'file')}, {byte_size(size)}", digest.hexdigest()
 
 
-def neighbours(path: str) -> list[str]:
-    """What lies where ``path`` was looked for, spelled as the path was."""
-    folder = os.path.dirname(path)
-    with suppress(OSError, ValueError):  # ValueError: NUL in the path
-        return [os.path.join(folder, name) for name in os.listdir(folder or ".")]
-    return []
+def records(data: bytes, path: Path) -> Iterator[Record]:
+    """The records in a file's bytes, .csv or .jsonl as its path says."""
+    text = decode(data, path)
+    if path.suffix.lower() == ".csv":
+        return csv_records(io.StringIO(text, newline=""), path)
+    return json_records(text.split("\n"), path)
+
+
+def json_records(lines: Iterable[str], path: Path, before: int = 0) -> Iterator[Record]:
+    """One of each line behind the ``before`` first ones; blank lines are passed over."""
+    for number, line in enumerate(lines, before + 1):
+        if line.strip():
+            here = Record({}, path, number)
+            try:
+                values = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise here.error(f"is no JSON: {error}") from None
+            if not isinstance(values, dict):
+                raise here.error("is no JSON object")
+            yield Record(values, path, number)
+
+
+def csv_records(lines: Iterable[str], path: Path) -> Iterator[Record]:
+    """One of each row, under the header's names."""
+    csv.field_size_limit(2**31 - 1)  # a document may be longer than the 128 KB it begins with
+    rows = csv.DictReader(lines, strict=True)
+    try:
+        for row in rows:
+            record = Record(row, path, rows.line_num)
+            if None in row or None in row.values():
+                columns = counted(len(rows.fieldnames or ()), "column")
+                raise record.error(f"has not the header's {columns}")
+            yield record
+    except csv.Error as error:
+        raise Record({}, path, rows.reader.line_num).error(f"is no CSV: {error}") from None
 
 
 def counted(number: int, noun: str) -> str:
@@ -120,11 +171,6 @@ def counted(number: int, noun: str) -> str:
 def byte_size(count: int) -> str:
     """A number of bytes in words."""
     return f"{count / 1e6:.1f} MB" if count >= 1e5 else counted(count, "byte")
-
-
-def _has_lone_surrogate(text: str) -> bool:
-    """Whether there is half a character in it, which JSON can spell and UTF-8 cannot."""
-    return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _files_in(folder: Path, suffixes: Sequence[str]) -> tuple[list[Path], Counter[str]]:
@@ -139,34 +185,3 @@ def _files_in(folder: Path, suffixes: Sequence[str]) -> tuple[list[Path], Counte
         )
     passed = Counter(p.suffix for p in shown if p.suffix.lower() not in suffixes)
     return sorted(texts, key=Path.as_posix), passed
-
-
-def _json_records(text: str, path: Path) -> Iterator[Record]:
-    """One of each line; blank lines are passed over."""
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                values = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise _bad_record(f"is no JSON: {error}", path, number) from None
-            if not isinstance(values, dict):
-                raise _bad_record("is no JSON object", path, number)
-            yield Record(values, path, number)
-
-
-def _csv_records(text: str, path: Path) -> Iterator[Record]:
-    """One of each row, under the header's names."""
-    csv.field_size_limit(2**31 - 1)  # a document may be longer than the 128 KB it begins with
-    rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    try:
-        for row in rows:
-            if None in row or None in row.values():
-                columns = counted(len(rows.fieldnames or ()), "column")
-                raise _bad_record(f"has not the header's {columns}", path, rows.line_num)
-            yield Record(row, path, rows.line_num)
-    except csv.Error as error:
-        raise _bad_record(f"is no CSV: {error}", path, rows.reader.line_num) from None
-
-
-def _bad_record(what: str, path: Path, line: int, fix: str = "mend or remove it") -> DataError:
-    return DataError(f"line {line} {what}", f"in {path}", fix)

@@ -1,8 +1,9 @@
 """What is in a dataset of tokens, whoever made it: counts, types, documents, how it begins."""
 
-from itertools import chain
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from octavo.text.shards import Dataset
 from octavo.text.token_files import Tokens, watched
@@ -25,7 +26,6 @@ def inspect(dataset: Dataset, tokenizer: Tokenizer | None = None) -> dict[str, A
     if eot_id is None and dataset.vocab_size is None and largest == GPT2_EOT:
         eot_id = GPT2_EOT
     tokens, size = len(train) + len(val), sum(shard["bytes"] for shard in dataset.shards)
-    report = dataset.report
     facts = {
         "files": len(dataset.shards),
         "file_bytes": size,
@@ -40,14 +40,15 @@ def inspect(dataset: Dataset, tokenizer: Tokenizer | None = None) -> dict[str, A
         "largest_id": largest,
         "tokenizer": repr(tokenizer) if tokenizer else None,
         "tokenizer_sha256": tokenizer.fingerprint if tokenizer else dataset.tokenizer_sha256,
-        **reported(report),
+        **_reported(dataset.report),
     }
     if tokenizer:
-        facts["begins"] = tokenizer.decode(_first(train if len(train) else val))
+        beginning = (train if len(train) else val)[:EXCERPT]
+        facts["begins"] = tokenizer.decode(np.asarray(beginning).tolist())
     return {name: value for name, value in facts.items() if value is not None}
 
 
-def reported(report: dict[str, Any]) -> dict[str, Any]:
+def _reported(report: dict[str, Any]) -> dict[str, Any]:
     """What `octavo data prepare` found out about the texts, in words and figures."""
     if "overlap" not in report:
         return {}
@@ -73,10 +74,6 @@ def _documents(dataset: Dataset, train: Tokens, val: Tokens, eot_id: int | None)
     counted = [shard["documents"] for shard in dataset.shards]
     if eot_id is None or min(counted) >= 0:
         return None if eot_id is None else sum(counted)
-    chunks = sum(1 for _ in chain(train.chunks(), val.chunks()))
-    every = watched(chain(train.chunks(), val.chunks()), chunks, "counting documents")
+    chunks = [*train.chunks(), *val.chunks()]
+    every = watched(chunks, len(chunks), "counting documents")
     return sum(int((ids == eot_id).sum()) for ids in every)
-
-
-def _first(tokens: Tokens) -> list[int]:
-    return tokens[: min(EXCERPT, len(tokens))].__array__().tolist()

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from octavo.text.batches import mixed
 from octavo.text.token_files import Tokens
 
 N = 13
@@ -23,11 +24,10 @@ FILTER_BITS = 24
 class Seen:
     """Digests of documents met so far: sorted rows, each more than twice as long as the next."""
 
-    def __init__(self, digests: np.ndarray | None = None) -> None:
+    def __init__(self, digests: np.ndarray) -> None:
         """``digests`` (N,) uint64 were met before."""
         self._rows: list[np.ndarray] = []
-        if digests is not None:
-            self.add(digests)
+        self.add(digests)
 
     def add(self, digests: np.ndarray) -> np.ndarray:
         """Meet more (N,) uint64; says of each whether it was met before, (N,) bool."""
@@ -57,7 +57,7 @@ class NGrams:
         self._below = 2**64  # hashes from here on are left out
         kept, news, waiting = np.empty(0, np.uint64), [], 0
         for ids in (stretch for row in rows for stretch in stretches(row)):
-            hashes = _hashes(ids)[~_has(ids, eot_id)]
+            hashes = _hashes(ids)[~_has(ids, -1 if eot_id is None else eot_id)]
             news.append(self._sampled(hashes))
             waiting += len(news[-1])
             if waiting > most:
@@ -141,7 +141,7 @@ def _hashes(ids: np.ndarray) -> np.ndarray:
 
     A polynomial in BASE (Rabin & Karp 1987) of the mixed ids, whose width doubles: 1, 3, 6, 13.
     """
-    single = hashes = _mixed(ids.astype(np.uint64) + np.uint64(BASE))
+    single = hashes = mixed(ids.astype(np.uint64))
     width = 1
     for bit in f"{N:b}"[1:]:
         hashes = hashes[:-width] * np.uint64(pow(BASE, width, 2**64)) + hashes[width:]
@@ -149,17 +149,10 @@ def _hashes(ids: np.ndarray) -> np.ndarray:
         if bit == "1":
             hashes = hashes[:-1] * np.uint64(BASE) + single[width:]
             width += 1
-    return _mixed(hashes)
+    return mixed(hashes)
 
 
-def _mixed(x: np.ndarray) -> np.ndarray:
-    """Every bit of the result depends on every bit of ``x``: splitmix64's end (Steele 2014)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def _has(ids: np.ndarray, token: int | None) -> np.ndarray:
+def _has(ids: np.ndarray, token: int) -> np.ndarray:
     """Whether ``token`` is among each 13 ids in a row: (T,) to (T - 12,)."""
-    before = np.concatenate([[0], np.cumsum(ids == token)]) if token is not None else ids[:0]
-    return before[N:] > before[:-N] if len(before) else np.zeros(len(ids) - N + 1, dtype=bool)
+    before = np.concatenate([[0], np.cumsum(ids == token)])
+    return before[N:] > before[:-N]

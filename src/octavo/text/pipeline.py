@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,9 +21,9 @@ from octavo.text.encoding import Encoded, cut_for, encode_all
 from octavo.text.overlap import Seen, share_found
 from octavo.text.prepare_request import Request
 from octavo.text.shard_writer import ShardWriter, open_at
-from octavo.text.shards import PROGRESS, Dataset, Shard, write_manifest
+from octavo.text.shards import PROGRESS, Dataset, Shard, Split, write_manifest
 from octavo.text.streaming import Cut, Piece, Source, benchmark_texts, find_sources, read
-from octavo.text.token_files import Tokens, choose_dtype, read_tokens
+from octavo.text.token_files import Tokens, choose_dtype
 from octavo.text.tokenizer import Tokenizer
 
 DIGESTS = "digests.part"
@@ -33,7 +32,8 @@ SAVE_EVERY = 10.0  # seconds
 FEW_SOURCES = 10  # up to which each one's share is told
 SMALL = 4_000_000  # bytes of text that one process has done before others have started
 TRAIN, VAL, DROPPED = range(3)
-FORCED = {None: -1, "train": TRAIN, "val": VAL}
+SPLITS: tuple[Split, ...] = ("train", "val")
+NUMBERS = {None: -1, "train": TRAIN, "val": VAL}
 KEPT = "what was done is kept, and the same command goes on"
 
 
@@ -88,30 +88,26 @@ class Batch:
     done: int = 0
 
 
+@dataclass
 class Preparation:
     """One request at work in its directory, whose lock the caller holds."""
 
-    def __init__(
-        self,
-        request: Request,
-        sources: list[Source],
-        identity: dict[str, Any],
-        tokenizer: Tokenizer,
-        state: State,
-        show: Callable[[Step], None],
-    ) -> None:
-        self.request, self.sources, self.tokenizer, self.state = request, sources, tokenizer, state
-        self.identity, self.show, self.home = identity, show, request.out
+    request: Request
+    sources: list[Source]
+    identity: dict[str, Any]
+    tokenizer: Tokenizer
+    state: State
+    show: Callable[[Step], None]
+
+    def __post_init__(self) -> None:
+        request, state, self.home = self.request, self.state, self.request.out
         self.threshold = np.uint64(0 if request.val else int(request.val_fraction * 2**64))
-        make = partial(
-            ShardWriter,
-            home=self.home,
-            suffix=f".{request.format}",
-            dtype=choose_dtype(tokenizer.vocab_size - 1),
-            size=request.shard_tokens,
-            eot_id=tokenizer.eot_id,
-        )
-        self.writers = {"train": make(split="train"), "val": make(split="val")}
+        dtype, eot_id = choose_dtype(self.tokenizer.vocab_size - 1), self.tokenizer.eot_id
+        form = (f".{request.format}", dtype, request.shard_tokens, eot_id)
+        self.writers = {
+            split: ShardWriter(self.home, split, *form, state.shards[split], state.waiting[split])
+            for split in SPLITS
+        }
         self.digests = open_at(self.home / DIGESTS, 8 * state.digests)
         self._safe = state.documents > 0  # whether anything would be left after a failure
         self._whole = True  # whether files and state agree: not while a batch is being written
@@ -138,8 +134,6 @@ class Preparation:
         """Read, tokenize and append all that is not done, and make it shards."""
         known, first_byte = total_bytes(self.sources), self.state.bytes
         processes = 1 if 0 < known < SMALL else self.request.processes
-        for split, writer in self.writers.items():
-            writer.go_on(self.state.shards[split], self.state.waiting[split])
         seen = Seen(np.fromfile(self.home / DIGESTS, "<u8", self.state.digests))
         began = self._saved = time.monotonic()
         batches = ((batch, batch.pieces) for batch in self._batches())
@@ -170,7 +164,7 @@ class Preparation:
     def _batches(self) -> Iterator[Batch]:
         """All that is not done yet, in portions."""
         batch, taken, limit = Batch(), self.state.taken, self.request.limit
-        cut = cut_for(self.tokenizer, self.home / "tokenizer.json")
+        cut = cut_for(self.tokenizer)
         for number, piece in pieces(self.sources, self.request.field, cut, self.state.position):
             counts = not (self.request.val and self.sources[number].split == "val")
             if counts and limit is not None and taken >= limit:
@@ -192,19 +186,20 @@ class Preparation:
     def _take(self, batch: Batch, encoded: Encoded, seen: Seen) -> bool:
         """Write a batch's tokens and count them; whether a shard was finished."""
         self._whole = False
+        tokens, size, characters = encoded.sizes.T
         state, begins = self.state, np.array([p.first for p in batch.pieces], dtype=bool)
         again = seen.add(encoded.digests)
-        forced = np.array([FORCED[self.sources[n].split] for n in batch.sources], dtype=np.int64)
+        forced = np.array([NUMBERS[self.sources[n].split] for n in batch.sources], dtype=np.int64)
         to = np.where(encoded.digests < self.threshold, VAL, TRAIN)
         to = np.where(forced[begins] < 0, to, forced[begins])
         if self.request.drop_duplicates:
             to[again] = DROPPED
         # One answer a document, spread over its pieces; the first may have begun in another batch.
         to = np.concatenate([[state.open], to])[np.cumsum(begins)]
-        target = np.repeat(to, encoded.tokens)
+        target = np.repeat(to, tokens)
         finished = [
-            self.writers["train"].append(encoded.ids[target == TRAIN]),
-            self.writers["val"].append(encoded.ids[target == VAL]),
+            writer.append(encoded.ids[target == NUMBERS[split]])
+            for split, writer in self.writers.items()
         ]
         new = encoded.digests[~again]
         with disk.errors(f"write {self.home / DIGESTS}"):
@@ -213,8 +208,8 @@ class Preparation:
         state.position, state.taken = batch.position, batch.taken
         state.open = int(to[-1]) if len(to) else state.open
         state.documents += int((kept & begins).sum())
-        state.bytes += int(encoded.bytes[kept].sum())
-        state.characters += int(encoded.characters[kept].sum())
+        state.bytes += int(size[kept].sum())
+        state.characters += int(characters[kept].sum())
         state.duplicates += int(again.sum())
         state.empty += batch.empty
         state.repaired += batch.repaired
@@ -222,8 +217,8 @@ class Preparation:
         if len(self.sources) <= FEW_SOURCES:
             for number in set(batch.sources):
                 name, of_it = self.sources[number].name, np.array(batch.sources) == number
-                tokens = int(encoded.tokens[kept & of_it].sum())
-                state.tokens_of[name] = state.tokens_of.get(name, 0) + tokens
+                state.tokens_of.setdefault(name, 0)
+                state.tokens_of[name] += int(tokens[kept & of_it].sum())
         self._whole = True
         return any(finished)
 
@@ -243,31 +238,29 @@ class Preparation:
         if not shards:
             names = ", ".join(source.name for source in self.sources[:3])
             raise DataError("there is no text", f"in {names}", "give a text to learn from")
-        report = {name: getattr(state, name) for name in FIGURES}
-        report |= {"dropped": self.request.drop_duplicates, "overlap": self._overlap()}
-        report |= {"tokens_of": state.tokens_of, "request": self.identity}
+        report = {name: getattr(state, name) for name in FIGURES} | {
+            "dropped": self.request.drop_duplicates,
+            "overlap": self._overlap(Dataset("", shards, self.home)),
+            "tokens_of": state.tokens_of,
+            "request": self.identity,
+        }
         with disk.errors(f"write {self.home}"):
             write_manifest(self.home, shards, self.tokenizer, report=report)
         return Dataset.open(self.home)
 
-    def _overlap(self) -> dict[str, Any]:
+    def _overlap(self, dataset: Dataset) -> dict[str, Any]:
         """What share of the validation part's and each benchmark's 13-grams stands in training."""
-        train, val = (self._row(split) for split in ("train", "val"))
-        cut = cut_for(self.tokenizer, self.home / "tokenizer.json")
+        train, val = dataset.tokens("train"), dataset.tokens("val")
+        cut = cut_for(self.tokenizer)
         texts: dict[str, Iterable[np.ndarray | Tokens]] = {"validation": [val]}
         for source in find_sources(self.request.benchmarks, self.home):
             found = benchmark_texts(source, self.request.field, cut)
             texts[source.name] = map(self.tokenizer.encode_array, found)
-        show = partial(self._show_overlap, len(train))
+
+        def show(done: int) -> None:
+            self.show(Step("looking for what stands in both parts", done, len(train)))
+
         return share_found(texts, train, self.tokenizer.eot_id, self.request.processes, show)
-
-    def _show_overlap(self, total: int, done: int) -> None:
-        self.show(Step("looking for what stands in both parts", done, total))
-
-    def _row(self, split: str) -> Tokens:
-        shards = self.state.shards[split]
-        raw = choose_dtype(self.tokenizer.vocab_size - 1)
-        return Tokens([read_tokens(self.home / shard["file"], raw) for shard in shards])
 
 
 FIGURES = (

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from octavo.errors import ConfigError
-from octavo.settings import nearest, shown
+from octavo.settings import shown
 from octavo.text.corpus import ready_tokenizer
-from octavo.text.files import neighbours
+from octavo.text.files import did_you_mean
 from octavo.text.streaming import Source
 from octavo.text.tokenizer import Tokenizer
 
 LEARNED = ("char", "bpe")
 KINDS = ("gpt2", "byte", *LEARNED)
+PLAIN = ("tokenizer", "vocab_size", "field", "val_fraction", "shard_tokens", "format", "limit")
 
 
 @dataclass(frozen=True)
@@ -51,18 +52,13 @@ class Request:
             raise ConfigError(
                 f"--val-fraction is {self.val_fraction}", fix="give 0 or more, and less than 1"
             )
-        if self.format not in ("npy", "bin"):
-            raise ConfigError(f"there is no format {self.format!r}", fix="give npy or bin")
         for name in ("shard_tokens", "processes", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} is {value}", fix="give 1 or more")
         if self.tokenizer not in KINDS and not os.path.exists(self.tokenizer):
-            guess = nearest(self.tokenizer, (*KINDS, *neighbours(self.tokenizer)))
-            raise ConfigError(
-                f"there is no tokenizer {self.tokenizer!r}",
-                fix=f"did you mean {guess}?" if guess else f"give {', '.join(KINDS)} or a path",
-            )
+            fix = did_you_mean(self.tokenizer, KINDS, f"give {', '.join(KINDS)} or a path")
+            raise ConfigError(f"there is no tokenizer {self.tokenizer!r}", fix=fix)
 
     @property
     def names(self) -> list[str]:
@@ -79,15 +75,10 @@ class Request:
         named = self.tokenizer
         if named not in KINDS and self.ready_tokenizer:
             named = f"{named} {self.ready_tokenizer.fingerprint[:16]}"
-        return {
+        return {name: getattr(self, name) for name in (*PLAIN, "drop_duplicates")} | {
             "tokenizer": named,
             "vocab_size": self.vocab_size if named == "bpe" else None,
-            "field": self.field,
             "val_fraction": None if self.val else self.val_fraction,
-            "shard_tokens": self.shard_tokens,
-            "format": self.format,
-            "limit": self.limit,
-            "drop_duplicates": self.drop_duplicates,
             "files": files,
         }
 
@@ -100,8 +91,7 @@ class Request:
         """What is typed for this."""
         words = ["octavo", "data", "prepare", *self.sources, "--out", str(self.out)]
         default = Request(self.sources, self.out)
-        for name in ("tokenizer", "vocab_size", "field", "val_fraction", "shard_tokens", "format",
-                     "limit", "processes"):  # fmt: skip
+        for name in (*PLAIN, "processes"):
             if getattr(self, name) != getattr(default, name):
                 words += [f"--{name.replace('_', '-')}", str(getattr(self, name))]
         words += [word for name in self.val for word in ("--val", name)]

@@ -18,14 +18,7 @@ from typing import Any
 from octavo import disk
 from octavo.errors import ConfigError, DataError, OctavoError
 from octavo.text.files import byte_size, counted
-from octavo.text.pipeline import (
-    Preparation,
-    State,
-    Step,
-    pieces,
-    save_progress,
-    total_bytes,
-)
+from octavo.text.pipeline import Preparation, State, Step, pieces, save_progress, total_bytes
 from octavo.text.prepare_request import Request, refuse_changes
 from octavo.text.shard_writer import PART
 from octavo.text.shards import MANIFEST, PROGRESS, Dataset
@@ -196,10 +189,7 @@ def _tokenizer(
     tokenizer = request.ready_tokenizer or _learned(request, sources, state, say, show)
     if tokenizer.eot_id is None:
         say("this tokenizer has no end-of-text token: documents follow one another without")
-    with disk.errors(f"write {file}"), disk.scratch(request.out, "tokenizer") as temp:
-        tokenizer.save(temp)
-        disk.sync(temp / TOKENIZER)
-        os.replace(temp / TOKENIZER, file)
+    tokenizer.save(file)
     return tokenizer
 
 
@@ -215,7 +205,7 @@ def _learned(
             characters |= set(piece.text)
             done += len(piece.text.encode())
             show(Step("collecting characters", done, total))
-        return Tokenizer.char("".join(sorted(characters)), separator=True)
+        return Tokenizer.char("".join(characters), separator=True)
 
     def beginning() -> Iterator[str]:
         for _, piece in pieces(sources, request.field, after_word):

@@ -1,6 +1,7 @@
 """A row of tokens that grows on disk and becomes shards: whatever moment it is interrupted at."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,83 +25,71 @@ def open_at(path: Path, size: int) -> IO[bytes]:
     return file
 
 
+@dataclass
 class ShardWriter:
     """Appends ids to ``train-00007.part`` and, when that is full, writes ``train-00007.npy``.
 
     `sync` makes everything so far safe; ``waiting``, the ids in the part, is what the caller then
-    remembers beside the ``shards``. Made anew with these it goes on there, whatever followed.
+    remembers beside the ``shards``. Made anew with these it goes on there, and forgets what
+    was written beyond.
     """
 
-    def __init__(
-        self,
-        home: Path,
-        split: Split,
-        suffix: str,
-        dtype: np.dtype[Any],
-        size: int,
-        eot_id: int | None,
-    ) -> None:
-        """A shard has ``size`` ids of ``dtype``."""
-        self._home, self._split, self._suffix = home, split, suffix
-        self._dtype, self._size, self._eot_id = dtype, size, eot_id
-        self.shards: list[Shard] = []
-        self.waiting = 0
-        self._file: IO[bytes] | None = None
-        self._full: list[Path] = []
+    home: Path
+    split: Split
+    suffix: str
+    dtype: np.dtype[Any]
+    size: int
+    """Ids in a shard."""
+    eot_id: int | None
+    shards: list[Shard]
+    waiting: int
 
-    def go_on(self, shards: list[Shard], waiting: int) -> None:
-        """Begin behind ``shards`` and ``waiting`` ids more; what is written beyond is forgotten."""
-        self.shards, self.waiting = list(shards), waiting
-        self._file = open_at(self._part, waiting * self._dtype.itemsize)
+    def __post_init__(self) -> None:
+        self._file = open_at(self._part, self.waiting * self.dtype.itemsize)
+        self._full: list[Path] = []
 
     def append(self, ids: np.ndarray) -> bool:
         """Write ids (N,) behind the others; whether that finished a shard."""
-        finished = False
+        before = len(self.shards)
         while len(ids):
-            now = ids[: self._size - self.waiting]
+            now = ids[: self.size - self.waiting]
             with disk.errors(f"write {self._part}"):
-                self._open.write(now.astype(self._dtype).data)
+                self._file.write(now.astype(self.dtype).data)
             self.waiting += len(now)
             ids = ids[len(now) :]
-            if self.waiting == self._size:
+            if self.waiting == self.size:
                 self.finish()
-                finished = True
-        return finished
+        return len(self.shards) > before
 
     def finish(self) -> None:
         """Make the ids that wait a shard, if there are any."""
         if self.waiting:
             with disk.errors(f"write {self._part}"):
-                self._open.flush()
-            ids = np.memmap(self._part, self._dtype, "r")
-            path = self._part.with_suffix(self._suffix)
-            entry = write_shard(path, ids, self._split, self._dtype, self._eot_id)
+                self._file.flush()
+            ids = np.memmap(self._part, self.dtype, "r")
+            path = self._part.with_suffix(self.suffix)
+            entry = write_shard(path, ids, self.split, self.dtype, self.eot_id)
             self._full.append(self._part)
             self.close()
-            self.go_on([*self.shards, entry], 0)
+            self.shards, self.waiting = [*self.shards, entry], 0
+            self._file = open_at(self._part, 0)
 
     def sync(self) -> None:
         """Wait until all is on the disk."""
         with disk.errors(f"write {self._part}"):
-            self._open.flush()
+            self._file.flush()
             disk.sync(self._part)
 
     def sweep(self) -> None:
         """Delete the files that became shards, once these are remembered."""
         while self._full:
             self._full.pop().unlink()
-            disk.failpoint(f"{self._split}-swept")
+            disk.failpoint(f"{self.split}-swept")
 
     def close(self) -> None:
         """Close the file."""
-        if self._file is not None:
-            self._file.close()
+        self._file.close()
 
     @property
     def _part(self) -> Path:
-        return self._home / f"{self._split}-{len(self.shards):05d}{PART}"
-
-    @property
-    def _open(self) -> IO[bytes]:
-        assert self._file is not None, "go_on comes first"
-        return self._file
+        return self.home / f"{self.split}-{len(self.shards):05d}{PART}"

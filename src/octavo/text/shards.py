@@ -76,11 +76,11 @@ def write_shard(
     chosen = np.dtype(choose_dtype(largest) if dtype is None else dtype).newbyteorder("<")
     if largest > np.iinfo(chosen).max:
         raise DataError(f"the id {largest} does not fit {chosen}", fix="prepare it as uint32")
-    file = io.BytesIO()
+    file, row = io.BytesIO(), np.ascontiguousarray(array, chosen)
     if path.suffix == ".npy":
-        form = {"descr": chosen.str, "fortran_order": False, "shape": array.shape}
-        np.lib.format.write_array_header_1_0(file, form)
-    file.write(np.ascontiguousarray(array, chosen).data)
+        np.save(file, row)
+    else:
+        file.write(row.data)
     data = file.getvalue()
     disk.write_atomic(path, data)
     return Shard(
@@ -99,25 +99,19 @@ def write_manifest(
     directory: Path | str,
     shards: Sequence[Shard],
     tokenizer: Tokenizer | None = None,
-    vocab_size: int | None = None,
-    eot_id: int | None = None,
     report: Mapping[str, Any] | None = None,
 ) -> None:
-    """Make ``directory``, where the shards lie, a dataset: tokenizer.json, then dataset.json.
-
-    ``vocab_size`` and ``eot_id`` are the tokenizer's where there is one.
-    """
+    """Make ``directory``, where the shards lie, a dataset: tokenizer.json, then dataset.json."""
     directory = Path(directory)
     if tokenizer is not None:
         tokenizer.save(directory)
-        disk.sync(directory / "tokenizer.json")
-        vocab_size, eot_id = tokenizer.vocab_size, tokenizer.eot_id
+    largest = max(shard["largest_id"] for shard in shards)
     content = {
         "format": FORMAT,
         "version": VERSION,
         "tokenizer_sha256": tokenizer.fingerprint if tokenizer else None,
-        "vocab_size": vocab_size or max(shard["largest_id"] for shard in shards) + 1,
-        "eot_id": eot_id,
+        "vocab_size": tokenizer.vocab_size if tokenizer else largest + 1,
+        "eot_id": tokenizer.eot_id if tokenizer else None,
         "dtype": max(shard["dtype"] for shard in shards),
         "shards": list(shards),
         "report": dict(report or {}),
@@ -306,22 +300,19 @@ def _foreign(paths: list[Path]) -> list[Shard]:
     """Entries for files that others made; where all are named val, all are for training."""
     val = {path for path in paths if VAL.search(path.stem)}
     val = val if len(val) < len(paths) else set()
-    shards = []
-    for path in paths:
-        tokens = read_tokens(path)
-        shards.append(
-            Shard(
-                file=os.path.abspath(path),
-                split="val" if path in val else "train",
-                dtype=tokens.dtype.name,
-                tokens=len(tokens),
-                documents=-1,
-                largest_id=-1,
-                bytes=path.stat().st_size,
-                sha256=[],
-            )
+    return [
+        Shard(
+            file=os.path.abspath(path),
+            split="val" if path in val else "train",
+            dtype=tokens.dtype.name,
+            tokens=len(tokens),
+            documents=-1,
+            largest_id=-1,
+            bytes=path.stat().st_size,
+            sha256=[],
         )
-    return shards
+        for path, tokens in zip(paths, map(read_tokens, paths), strict=True)
+    ]
 
 
 def _read_manifest(home: Path) -> dict[str, Any]:

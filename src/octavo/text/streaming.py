@@ -7,16 +7,13 @@ counted; a NUL in a plain text says that it is none. Behind every piece reading 
 """
 
 import codecs
-import csv
 import gzip
 import hashlib
 import io
-import json
 import os
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +22,7 @@ from typing import IO, Any, Literal, NamedTuple
 from octavo.errors import DataError, MissingExtraError
 from octavo.text import hub
 from octavo.text.corpus import NAMED, TEXT_SUFFIXES, read_corpus
-from octavo.text.files import Record, find_files
+from octavo.text.files import Record, csv_records, find_files, json_records
 
 STRETCH = 1 << 20  # bytes of a plain text at a time
 FEW = 3  # documents expected to be chosen below which plain texts give their ends instead
@@ -110,8 +107,8 @@ def read(source: Source, field: str, cut: Cut | None, position: Any = None) -> I
     """
     readers: dict[Kind, Callable[[], Iterator[Piece]]] = {
         "text": lambda: _read_text(source, cut, position),
-        "jsonl": lambda: _read_lines(source, field, position),
-        "csv": lambda: _read_rows(source, field, position or 0),
+        "jsonl": lambda: (_from_record(*found, field) for found in _lines(source, position)),
+        "csv": lambda: (_from_record(*found, field) for found in _rows(source, position or 0)),
         "parquet": lambda: _read_parquet(source, field, position or 0),
         "hub": lambda: _read_hub(source, field, position),
         "corpus": lambda: _read_corpus(source, position or 0),
@@ -123,38 +120,19 @@ def read(source: Source, field: str, cut: Cut | None, position: Any = None) -> I
         raise DataError(f"cannot read {source.name}: {reason}") from None
 
 
-def json_records(source: Source, position: Any = None) -> Iterator[tuple[Record, Any, int]]:
-    """The objects of a .jsonl file, each with the position behind it and the bytes read."""
-    lines, offset = position or (0, 0)
-    with _unpacked(source.path) as (file, raw):
-        file.seek(offset)
-        for number, line in enumerate(file, lines + 1):
-            offset += len(line)
-            text = line.removeprefix(BOM).decode("utf-8", "surrogateescape")
-            if text.strip():
-                here = Record({}, source.path, number)
-                try:
-                    values = json.loads(text)
-                except (ValueError, RecursionError) as error:
-                    raise here.error(f"is no JSON: {error}") from None
-                if not isinstance(values, dict):
-                    raise here.error("is no JSON object")
-                yield Record(values, source.path, number), [number, offset], raw.tell()
-
-
 def benchmark_texts(source: Source, field: str, cut: Cut | None) -> Iterator[str]:
     """What a model is judged on: HellaSwag's contexts with each of their endings, or documents."""
     if source.kind != "jsonl":
         yield from (piece.text for piece in read(source, field, cut))
         return
-    for record, behind, done in json_records(source):
+    for record, position, done in _lines(source):
         if "endings" in record.values:
-            endings = record.get("endings", "--benchmark")
+            endings = record.values["endings"]
             if not isinstance(endings, list):
                 raise record.error("has endings that are no list")
             yield from (f"{record.text('ctx', '--benchmark')} {ending}" for ending in endings)
         else:
-            yield _from_record(record, field, behind, done).text
+            yield _from_record(record, position, done, field).text
 
 
 def after_word(text: str) -> int:
@@ -194,37 +172,17 @@ def _cut_end(source: Source, fraction: float) -> list[Source]:
     return [head, replace(source, start=at, size=source.size - at, split="val")]
 
 
-@contextmanager
-def _unpacked(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """A file's bytes, and the file itself, which tells how much of it was read."""
-    with path.open("rb", buffering=STRETCH) as raw:
-        if path.suffix.lower() == ".gz":
-            with gzip.GzipFile(fileobj=raw) as file:
-                yield file, raw  # pyrefly: ignore
-        else:
-            yield raw, raw
-
-
-def _mended(text: str) -> tuple[str, int]:
-    """The text with U+FFFD for each surrogate, and their number."""
+def _piece(text: str, *rest: Any) -> Piece:
+    """A piece of the text, with U+FFFD for each surrogate; ``rest`` is what else it says."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        return re.subn("[\ud800-\udfff]", "\ufffd", text)
-    return text, 0
-
-
-def _from_record(record: Record, field: str, position: Any, done: int) -> Piece:
-    value = record.get(field, "--field")
-    if value is not None and not isinstance(value, str):
-        raise record.error(f"has no text under {field!r} but {value!r:.40}")
-    text, repaired = _mended(value or "")
-    return Piece(text, position, done, repaired=repaired)
+        text, repaired = re.subn("[\ud800-\udfff]", "\ufffd", text)
+        return Piece(text, *rest, repaired=repaired)
+    return Piece(text, *rest)
 
 
 def _read_text(source: Source, cut: Cut | None, position: int | None) -> Iterator[Piece]:
-    if position == source.stop:
-        return
     with source.path.open("rb") as file:
         at = source.start if position is None else position
         at += len(BOM) if at == 0 and file.read(len(BOM)) == BOM else 0
@@ -232,7 +190,7 @@ def _read_text(source: Source, cut: Cut | None, position: int | None) -> Iterato
         file.seek(at)
         decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
         rest, first = "", position is None
-        if at >= source.stop:
+        if first and at >= source.stop:
             yield Piece("", source.stop, source.size)
         while left := max(source.stop - file.tell(), 0):
             block = file.read(min(left, STRETCH) if cut else left)
@@ -246,8 +204,7 @@ def _read_text(source: Source, cut: Cut | None, position: int | None) -> Iterato
             if end:
                 text, rest = rest[:end], rest[end:]
                 at += len(text.encode("utf-8", "surrogateescape"))
-                text, repaired = _mended(text)
-                yield Piece(text, at, at - source.start, first, last, known, repaired)
+                yield _piece(text, at, at - source.start, first, last, known)
                 first = False
 
 
@@ -259,30 +216,36 @@ def _digest_of(file: IO[bytes], start: int, stop: int) -> bytes:
     return found.digest()
 
 
-def _read_lines(source: Source, field: str, position: Any) -> Iterator[Piece]:
-    for record, behind, done in json_records(source, position):
-        yield _from_record(record, field, behind, done)
+def _lines(source: Source, position: Any = None) -> Iterator[tuple[Record, Any, int]]:
+    """The objects of a .jsonl file, each with the position behind it and the bytes read."""
+    before, offset = position or (0, 0)
+    with source.path.open("rb", buffering=STRETCH) as raw:
+        file = _unpacked(source.path, raw)
+        file.seek(offset)
+        lines = (line.removeprefix(BOM).decode("utf-8", "surrogateescape") for line in file)
+        for record in json_records(lines, source.path, before):
+            yield record, [record.line, file.tell()], raw.tell()
 
 
-def _read_rows(source: Source, field: str, skip: int) -> Iterator[Piece]:
-    csv.field_size_limit(2**31 - 1)  # a document may be longer than the 128 KB it begins with
-    with _unpacked(source.path) as (file, raw):
+def _rows(source: Source, skip: int) -> Iterator[tuple[Record, Any, int]]:
+    """The rows of a .csv file behind the ``skip`` first ones, as `_lines`."""
+    with source.path.open("rb", buffering=STRETCH) as raw:
+        file = _unpacked(source.path, raw)
         text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
-        rows = csv.DictReader(text, strict=True)
-        here = partial(Record, {}, source.path)
-        try:
-            for number, row in enumerate(rows, 1):
-                if None in row or None in row.values():
-                    columns = len(rows.fieldnames or ())
-                    raise here(rows.line_num).error(f"has not the header's {columns} columns")
-                if number > skip:
-                    record = Record(row, source.path, rows.line_num)
-                    yield _from_record(record, field, number, raw.tell())
-        except csv.Error as error:
-            raise here(rows.reader.line_num).error(f"is no CSV: {error}") from None
-        finally:
-            with suppress(ValueError):
-                text.detach()  # the file is closed where it was opened
+        for number, record in enumerate(csv_records(text, source.path), 1):
+            if number > skip:
+                yield record, number, raw.tell()
+
+
+def _unpacked(path: Path, raw: IO[bytes]) -> IO[bytes] | gzip.GzipFile:
+    return gzip.GzipFile(fileobj=raw) if path.suffix.lower() == ".gz" else raw
+
+
+def _from_record(record: Record, position: Any, done: int, field: str) -> Piece:
+    value = record.get(field, "--field")
+    if value is not None and not isinstance(value, str):
+        raise record.error(f"has no text under {field!r} but {value!r:.40}")
+    return _piece(value or "", position, done)
 
 
 def _read_parquet(source: Source, field: str, skip: int) -> Iterator[Piece]:
@@ -305,8 +268,8 @@ def _read_parquet(source: Source, field: str, skip: int) -> Iterator[Piece]:
                 for data in batch.column(0).cast(arrow.large_binary()).to_pylist():
                     row += 1
                     if row > skip:
-                        text, repaired = _mended((data or b"").decode("utf-8", "surrogateescape"))
-                        yield Piece(text, row, source.size * row // total, repaired=repaired)
+                        text = (data or b"").decode("utf-8", "surrogateescape")
+                        yield _piece(text, row, source.size * row // total)
     except arrow.ArrowInvalid as error:
         raise DataError(f"this is no parquet: {error}", f"in {source.name}") from None
     except arrow.ArrowNotImplementedError:
@@ -318,8 +281,7 @@ def _read_hub(source: Source, field: str, position: Any) -> Iterator[Piece]:
         _refuse_columns(field, row, source)
         if not isinstance(row[field] or "", str):
             raise DataError(f"{field!r} is no text but {row[field]!r:.40}", f"in {source.name}")
-        text, repaired = _mended(row[field] or "")
-        yield Piece(text, behind, 0, repaired=repaired)
+        yield _piece(row[field] or "", behind, 0)
 
 
 def _refuse_columns(field: str, columns: Sequence[str] | Mapping[str, Any], source: Source) -> None:

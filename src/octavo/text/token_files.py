@@ -40,8 +40,8 @@ def read_tokens(path: Path | str, raw: np.dtype[Any] = UINT16) -> np.ndarray:
     try:
         with path.open("rb") as file:
             size = path.stat().st_size
-            read_header = _npy_header if path.suffix.lower() == ".npy" else _bin_header
-            dtype, count = read_header(file, size, raw)
+            npy = path.suffix.lower() == ".npy"
+            dtype, count = _npy_header(file) if npy else _bin_header(file, size, raw)
             start = file.tell()
             _check_length(dtype, count, size - start)
             tokens = np.memmap(file, dtype, "r", offset=start, shape=count)
@@ -52,7 +52,7 @@ def read_tokens(path: Path | str, raw: np.dtype[Any] = UINT16) -> np.ndarray:
     return tokens
 
 
-def _npy_header(file: IO[bytes], size: int, raw: np.dtype[Any]) -> tuple[np.dtype[Any], int]:
+def _npy_header(file: IO[bytes]) -> tuple[np.dtype[Any], int]:
     readers = {(1, 0): np.lib.format.read_array_header_1_0}
     readers[2, 0] = np.lib.format.read_array_header_2_0
     try:
@@ -114,7 +114,9 @@ class Tokens:
     def __init__(self, parts: Sequence[np.ndarray], largest: int | None = None) -> None:
         """``largest`` is the largest id where it is known already."""
         self.parts = [part for part in parts if len(part)]
-        self.ends = np.cumsum([len(part) for part in self.parts], dtype=np.int64)
+        lengths = np.array([len(part) for part in self.parts], dtype=np.int64)
+        self.ends = lengths.cumsum()
+        self.begins = self.ends - lengths
         common = np.result_type(*self.parts) if self.parts else UINT16
         self.dtype = common if common.kind in "iu" else np.dtype(np.int64)  # uint64 with int64
         self._largest = largest
@@ -138,20 +140,14 @@ class Tokens:
         part_of = np.searchsorted(self.ends, positions, side="right")
         for number in np.unique(part_of):
             here = part_of == number
-            part = self.parts[number]
-            ids[here] = part[positions[here] - (self.ends[number] - len(part))]
+            ids[here] = self.parts[number][positions[here] - self.begins[number]]
         return ids[()]
 
     def _slice(self, start: int, stop: int, step: int) -> "Tokens":
         if step != 1:
             raise IndexError(f"a slice of tokens has the step 1, not {step}")
-        begins = (int(end) - len(part) for part, end in zip(self.parts, self.ends, strict=True))
-        return Tokens(
-            [
-                part[max(start - begin, 0) : max(stop - begin, 0)]
-                for part, begin in zip(self.parts, begins, strict=True)
-            ]
-        )
+        begun = zip(self.parts, self.begins.tolist(), strict=True)
+        return Tokens([part[max(start - at, 0) : max(stop - at, 0)] for part, at in begun])
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         whole = self.parts[0] if len(self.parts) == 1 else np.concatenate([*self.parts, EMPTY])
@@ -166,10 +162,9 @@ class Tokens:
     def vocab_largest(self) -> int:
         """The largest id; every one is looked at where it is not known."""
         if self._largest is None:
-            chunks = len(self) // CHUNK + len(self.parts)
-            self._largest = max(
-                map(largest_id, watched(self.chunks(), chunks, "looking at the ids"))
-            )
+            chunks = list(self.chunks())
+            every = watched(chunks, len(chunks), "looking at the ids")
+            self._largest = max(map(largest_id, every))
         return self._largest
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from octavo.disk import write_atomic
 from octavo.errors import ConfigError, DataError
 from octavo.text import tokenizer_json
 from octavo.text.tokenizer_json import EOT, LARGEST_VOCAB, Spec
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 REPLACEMENT = "\ufffd"
 END_NAMES = (EOT, "</s>", "<|end_of_text|>")  # the end of a text as GPT-2, Llama 2 and 3 name it
-GPT2_FINGERPRINT = "480ab6423ae132e82057c53f3b39b3debeeeefe14d912d970a60240f39547367"
 # How GPT-2 cuts a text before merging; possessive, so that it does not run back over long words.
 GPT2_CUT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
@@ -36,25 +36,26 @@ GPT2_CUT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|
 class Tokenizer:
     """Encodes and decodes as its ``tokenizer.json`` says; `char`, `load` and so on make one.
 
-    ``kind`` is char, byte or bpe; ``eot_id`` is the end-of-text token's id, or None without one.
+    ``kind`` is char, byte or bpe; ``eot_id`` is the end-of-text token's id, or None without one;
+    ``spec`` is the file, parsed.
     """
 
     def __init__(self, spec: Spec) -> None:
         """Take a parsed file as it is; `load` also turns what may be wrong with it into errors."""
-        self._spec = spec
+        self.spec = spec
         self._layout = tokenizer_json.layout(spec)
         self._tokens = tokenizer_json.token_bytes(spec)
-        self._special: dict[str, int] = {
+        self.special: dict[str, int] = {
             token["content"]: token["id"] for token in spec["added_tokens"] if token["special"]
         }
         self.kind: Literal["char", "byte", "bpe"] = "bpe"
         if self._layout == "char":
             self.kind = "char"
         elif self._tokens[:256] == [bytes([byte]) for byte in range(256)]:
-            plain = not spec["model"]["merges"] and tokenizer_json.is_gpt2_kind(spec)
+            plain = not spec["model"]["merges"] and self.is_gpt2_kind
             self.kind = "byte" if plain else "bpe"
         self.vocab_size = len(self._tokens)
-        self.eot_id = next((self._special[n] for n in END_NAMES if n in self._special), None)
+        self.eot_id = next((self.special[n] for n in END_NAMES if n in self.special), None)
 
     @classmethod
     def char(
@@ -82,25 +83,12 @@ class Tokenizer:
         return cls(tokenizer_json.byte_level_spec(_numbered(names + [EOT] * separator), []))
 
     @classmethod
-    def gpt2(cls, files: Path | str | None = None) -> "Tokenizer":
-        """GPT-2's 50,257 tokens (Radford et al. 2019), from a directory, a cache or the network.
+    def gpt2(cls) -> "Tokenizer":
+        """GPT-2's 50,257 tokens (Radford et al. 2019), from tiktoken's cache, ours or the network.
 
-        ``files`` holds encoder.json and vocab.bpe, or vocab.json and merges.txt, or tokenizer.json.
-        None looks into tiktoken's cache and octavo's, then downloads. Raises `DataError` when files
-        are not GPT-2's and `ResourceError` when they cannot be had.
+        Raises `ResourceError` when they cannot be had; `load` reads them from a directory.
         """
-        if files is None:
-            return cls(tokenizer_json.fetch_gpt2())
-        spec = cls.load(files)._spec
-        merges = tokenizer_json.merges_of(spec)
-        tokenizer = cls(tokenizer_json.byte_level_spec(spec["model"]["vocab"], merges))
-        if tokenizer.fingerprint != GPT2_FINGERPRINT:
-            raise DataError(
-                "this is not GPT-2's tokenizer",
-                f"in {files}",
-                "name it by its path to use it all the same",
-            )
-        return tokenizer
+        return cls(tokenizer_json.fetch_gpt2())
 
     @classmethod
     def train_bpe(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -155,21 +143,29 @@ class Tokenizer:
             ) from None
 
     def save(self, path: Path | str) -> None:
-        """Write the tokenizer to ``path``, or as tokenizer.json into it when it is a directory."""
+        """Write the tokenizer to ``path``, or as tokenizer.json into it when it is a directory.
+
+        Whole or not at all; raises `ResourceError` where the disk refuses.
+        """
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
-        file.write_bytes(_utf8(json.dumps(self._spec, ensure_ascii=False, indent=2) + "\n"))
+        write_atomic(file, _utf8(json.dumps(self.spec, ensure_ascii=False, indent=2) + "\n"))
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of what the file says, whatever its white space and the order of its keys."""
-        canonical = json.dumps(self._spec, sort_keys=True, separators=(",", ":"))
+        canonical = json.dumps(self.spec, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+    @cached_property
+    def is_gpt2_kind(self) -> bool:
+        """Whether texts are cut and merged as GPT-2's are, and tiktoken can do it."""
+        return tokenizer_json.is_gpt2_kind(self.spec)
 
     @property
     def special_tokens(self) -> list[str]:
         """What ``encode(..., special=True)`` reads as one token each."""
-        return list(self._special)
+        return list(self.special)
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """The ids of ``text``; ``special`` reads the names of special tokens in it as those tokens.
@@ -181,17 +177,13 @@ class Tokenizer:
 
     def encode_array(self, text: str, special: bool = False) -> np.ndarray:
         """As `encode`, an array (T,): uint16 where every id of the vocabulary fits, else uint32."""
-        names = sorted(self._special, key=len, reverse=True) if special else []
+        names = sorted(self.special, key=len, reverse=True) if special else []
         parts = re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]
         ids = [
-            np.array([self._special[part]]) if number % 2 else self._encode_plain(part)
+            np.array([self.special[part]]) if number % 2 else self._encode_plain(part)
             for number, part in enumerate(parts)
         ]
         return np.concatenate(ids).astype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
-
-    def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
-        """The ids of each text."""
-        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ``ids``; bytes that are no UTF-8 become U+FFFD."""
@@ -216,7 +208,7 @@ class Tokenizer:
     def byte_lengths(self) -> np.ndarray:
         """Bytes of text in each token (vocab_size,), int64; special tokens are no text: 0."""
         lengths = np.array([len(token) for token in self._tokens], dtype=np.int64)
-        lengths[list(self._special.values())] = 0
+        lengths[list(self.special.values())] = 0
         return lengths
 
     def stream(self) -> "Decoder":
@@ -255,7 +247,7 @@ class Tokenizer:
     @cached_property
     def _table(self) -> np.ndarray:
         """Code point to id; the last entry stands for all above: the replacement's id or -1."""
-        model = self._spec["model"]
+        model = self.spec["model"]
         known = {ord(c): index for c, index in model["vocab"].items() if len(c) == 1}
         unknown = model["vocab"].get(model.get("unk_token"), -1)
         table = np.full(max(known, default=0) + 2, unknown, dtype=np.int32)
@@ -265,11 +257,11 @@ class Tokenizer:
     @cached_property
     def _tiktoken(self) -> "tiktoken.Encoding | None":
         """The same BPE in tiktoken, six times as fast; None where it would give other ids."""
-        if not tokenizer_json.is_gpt2_kind(self._spec):
+        if not self.is_gpt2_kind:
             return None
         import tiktoken
 
-        special = set(self._special.values())
+        special = set(self.special.values())
         ranks = {token: i for i, token in enumerate(self._tokens) if i not in special}
         # It looks for special tokens all the same: without any, at every character, which takes
         # half as long again. None is ever read as such, so this one's id does not matter.
@@ -283,7 +275,7 @@ class Tokenizer:
         from tokenizers import Tokenizer as Library
 
         try:
-            library = Library.from_str(json.dumps(self._spec))
+            library = Library.from_str(json.dumps(self.spec))
         except Exception as error:  # the library raises nothing more special
             raise DataError(f"the tokenizer.json is not valid: {error}") from None
         library.no_truncation()

@@ -22,17 +22,13 @@ VIRTUAL = 4  # shards of a step's rows
 
 
 def prepare_canonical(config: Config) -> None:
-    """One thread from now on; raises `ConfigError` for settings that would break the equality."""
-    train = config.train
-    for name, wrong in (
-        (f"train.precision={train.precision}", train.precision not in ("auto", "fp32")),
-        ("train.parallel=fsdp", train.parallel == "fsdp"),
-    ):
-        if wrong:
-            raise ConfigError(
-                f"train.deterministic=canonical is eager, fp32 and unsharded, {name} is not",
-                fix="leave one of them out",
-            )
+    """One thread from now on; raises `ConfigError` for a precision that breaks the equality."""
+    precision = config.train.precision
+    if precision not in ("auto", "fp32"):
+        raise ConfigError(
+            f"train.deterministic=canonical is in fp32, train.precision={precision} is not",
+            fix="leave one of them out",
+        )
     torch.set_num_threads(1)
 
 

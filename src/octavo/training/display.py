@@ -1,14 +1,15 @@
 """What the terminal shows while a model learns: a bar on a terminal, plain lines elsewhere."""
 
+import re
 import time
 from collections.abc import Iterable, Mapping
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from octavo.errors import ConfigError
 from octavo.evaluating.perplexity import Score
 
 PLAIN_INTERVAL = 15.0  # seconds between progress lines where there is no terminal
@@ -28,12 +29,7 @@ class Display:
     def __enter__(self) -> "Display":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 
@@ -63,7 +59,7 @@ class Display:
         now = time.monotonic()
         if self._bar is not None:
             self._bar.facts = facts
-            self._bar.update(self._task, completed=step)
+            self._bar.update(self._task, completed=step, total=max_steps)
         elif now - self._last_line > PLAIN_INTERVAL:
             self._last_line = now
             left = (now - self._started) / max(step - self._first_step, 1) * (max_steps - step)
@@ -103,3 +99,17 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def seconds_of(text: str) -> float:
+    """A time as people write it.
+
+    >>> [seconds_of(text) for text in ("90", "15m", "1h30m", "2.5h")]
+    [90.0, 900.0, 5400.0, 9000.0]
+    """
+    number = r"(\d+(?:\.\d+)?)"
+    found = re.fullmatch(rf"(?:{number}h)?(?:{number}m)?(?:{number}s?)?", text.replace(" ", ""))
+    hours, minutes, seconds = (float(part or 0) for part in found.groups()) if found else (0, 0, 0)
+    if total := 3600 * hours + 60 * minutes + seconds:
+        return total
+    raise ConfigError(f"--budget {text} is not a time", fix="write it as 15m, 90s or 1h30m")

@@ -16,6 +16,7 @@ from octavo.errors import ConfigError
 from octavo.language_model import DRAFT
 from octavo.model.counts import flops_per_token
 from octavo.model_config import ModelConfig
+from octavo.training.deadline import DRAFT_SHARE
 from octavo.training.loop import TrainResult, train
 from octavo.training.source import PIPED
 
@@ -56,7 +57,12 @@ def draft_config(run: Run) -> Config:
         model=draft_model(config.model),
         data=data,
         train=dataclasses.replace(
-            config.train, draft=False, quantize=None, compile="auto", dropout_final=None
+            config.train,
+            draft=False,
+            quantize=None,
+            compile="auto",
+            dropout_final=None,
+            budget=config.train.budget * DRAFT_SHARE,
         ),
         eval=dataclasses.replace(config.eval, hellaswag=None, hellaswag_every=0),
         log=dataclasses.replace(config.log, to=[], sample_every=0),

@@ -11,7 +11,6 @@ from octavo.adapting.grow import Growth, grow
 from octavo.checkpoint import Run
 from octavo.config import Config, FinetuneConfig, load_config
 from octavo.errors import ConfigError
-from octavo.evaluating.perplexity import score_windows
 from octavo.language_model import LanguageModel
 from octavo.training.task import DATA, fit_vocabulary, prepare
 
@@ -42,9 +41,7 @@ def grow_run(lm: LanguageModel, out: Path | str, settings: list[str]) -> dict[st
         facts |= _losses(lm, run, growth)
     config = dataclasses.replace(config, model=growth.model.config)
     origin = {"grown_from": str(lm.checkpoint.resolve())}
-    Run.create_with_weights(
-        out, config, run.tokenizer, files, growth.model.state_dict(), origin | facts
-    )
+    Run.create(out, config, run.tokenizer, files, growth.model.state_dict(), origin | facts)
     return facts
 
 
@@ -80,8 +77,5 @@ def _losses(lm: LanguageModel, run: Run, growth: Growth) -> dict[str, Any]:
     task = prepare(config, "cpu", run.path, run.tokenizer) if has_text else None
     if task is None or task.val is None:
         return {"remarks": ["there is no validation text to say what the change costs"]}
-    before, after = (
-        score_windows(model, *task.val, eot_id=task.mask_id).loss
-        for model in (lm.model, growth.model)
-    )
+    before, after = (task.score(model).loss for model in (lm.model, growth.model))
     return {"loss_before": before, "loss_after": after, "change_in_loss": after - before}

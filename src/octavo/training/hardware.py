@@ -12,7 +12,6 @@ import time
 import torch
 
 from octavo.adapting.classify import Classifier
-from octavo.adapting.lora import trainable_parameters
 from octavo.config import Config
 from octavo.model.counts import flops_per_token
 from octavo.model.gpt import GPT
@@ -59,10 +58,8 @@ def flops_a_token(model: GPT | Classifier, config: Config, length: int) -> int |
 
     Twice the forward pass again for the backward one, which holds only if all of it is trained.
     """
-    frozen = trainable_parameters(model) < sum(p.numel() for p in model.parameters())
-    if frozen or isinstance(model, Classifier):
-        return None
-    return 3 * flops_per_token(config.model, length)
+    whole = all(p.requires_grad for p in model.parameters()) and isinstance(model, GPT)
+    return 3 * flops_per_token(config.model, length) if whole else None
 
 
 def peak_memory(device: torch.device) -> int:

@@ -34,8 +34,8 @@ def read_hellaswag(task: Task) -> HellaSwag | None:
 
 def judge(
     hellaswag: HellaSwag, learner: Learner, stopped: Callable[[], bool]
-) -> HellaSwagScore | None:
-    """What ``learner`` scores now; None where ``stopped`` said so first."""
+) -> HellaSwagScore | str | None:
+    """What ``learner`` scores now; None where ``stopped`` said so first; in words why it cannot."""
 
     def watch(done: int, of: int) -> None:
         if stopped():
@@ -46,6 +46,8 @@ def judge(
             return hellaswag.score(learner.body, watch)
     except _Stopped:
         return None
+    except (MemoryError, RuntimeError) as error:  # the latter is what torch raises
+        return (str(error).splitlines() or ["out of memory"])[0]
 
 
 def was_judged(run: Path, step: int) -> bool:

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from octavo import disk
-from octavo.adapting.classify import Classifier, Report, evaluate_labels
+from octavo.adapting.classify import Classifier
 from octavo.adapting.lora import trainable_parameters
 from octavo.checkpoint import Run
 from octavo.errors import DataError, MissingExtraError, NonFiniteError, OctavoError, ResourceError
-from octavo.evaluating.hellaswag import HellaSwag, HellaSwagScore
-from octavo.evaluating.perplexity import Score, score_windows
+from octavo.evaluating.hellaswag import HellaSwag
+from octavo.evaluating.perplexity import Score
 from octavo.generating.engine import TorchEngine
 from octavo.generating.recording import WatchedEngine
 from octavo.generating.sampling import PRESETS
@@ -21,6 +21,7 @@ from octavo.language_model import load, start_ids
 from octavo.model.counts import count_parameters
 from octavo.reporting.confusion import draw_confusion
 from octavo.reporting.report import draw_run, write_report
+from octavo.training.deadline import Deadline
 from octavo.training.display import Display
 from octavo.training.hardware import flops_a_token, peak_flops, peak_memory
 from octavo.training.judge import judge, was_judged
@@ -47,7 +48,9 @@ class Keeper:
         log: MetricsLog,
         display: Display,
         hellaswag: HellaSwag | None = None,
+        began: float | None = None,
     ) -> None:
+        """``began``, a `time.monotonic`: where a budget counts from; None: from now."""
         self.learner, self.run, self.log, self.display = learner, run, log, display
         self.hellaswag, step = hellaswag, learner.progress.step
         self._leads = learner.ranks.leads  # what is written is written once
@@ -57,21 +60,25 @@ class Keeper:
         self._failed_saves = 0
         self._refused: set[str] = set()
         self._started = time.monotonic() - learner.progress.seconds
+        before = time.monotonic() if began is None else began
+        self._deadline = Deadline(learner.task.config.train, before - learner.progress.seconds)
         self._busy_seconds, self._busy_tokens = 0.0, 0
         self._counted_tokens = learner.progress.tokens
         self._draw_at = 0.0
+        if step:
+            learner.horizon = self._horizon()
         config, device = learner.task.config, learner.device
         self._peak = peak_flops(device, choose_precision(config.train.precision, device))
         cost = flops_a_token(learner.model, config, learner.task.batches.block_size)
-        self._best_speed = None  # at an MFU of 1
-        if self._peak and cost:
-            self._best_speed = learner.ranks.size * self._peak / cost
+        # At an MFU of 1.
+        self._best_speed = learner.ranks.size * self._peak / cost if self._peak and cost else None
 
     def announce(self) -> None:
         """Say what is about to happen."""
         task, progress = self.learner.task, self.learner.progress
         config, count = task.config, count_parameters(task.config.model)
         model, rows = config.model, config.train.batch_size
+        about = "about " if config.train.budget else ""
         self.display.say(
             f"model: {count.total:,} parameters ({model.n_layer} layers of width {model.d_model}, "
             f"{model.n_head} heads, vocabulary {model.vocab_size:,})"
@@ -84,7 +91,7 @@ class Keeper:
         self.display.say(
             f"text: {task.data['tokens']:,} tokens to learn from, {task.data['val_tokens']:,} to "
             f"validate; {rows:,} rows a step, "
-            f"{config.train.max_steps * rows / task.batches.windows:.1f} epochs in all"
+            f"{about}{self.learner.horizon * rows / task.batches.windows:.1f} epochs in all"
         )
         resumed = {"resumed_from": progress.step} if progress.step else {}
         self._write(
@@ -96,18 +103,19 @@ class Keeper:
             data=task.data,
             **resumed,
         )
-        self.display.start(progress.step, config.train.max_steps)
+        self.display.start(progress.step, self.learner.horizon)
 
     def step(self, step: Step, seconds: float) -> None:
         """Count a step that took ``seconds``; log it when due, and look out for bad ones."""
         progress, config = self.learner.progress, self.learner.task.config
         progress.seconds = time.monotonic() - self._started
+        self.learner.horizon = self._horizon()
         self._busy_seconds += seconds
         self._busy_tokens += progress.tokens - self._counted_tokens
         self._counted_tokens = progress.tokens
         if not step.taken:
             self._note_bad(step)
-        elif due(progress.step, config.log.every) or progress.step == config.train.max_steps:
+        elif due(progress.step, config.log.every) or progress.step == self.learner.horizon:
             speed = self._busy_tokens / self._busy_seconds
             self._busy_seconds, self._busy_tokens = 0.0, 0
             values = {name: vars(step)[name] for name in LOGGED if vars(step)[name] != {}}
@@ -115,8 +123,21 @@ class Keeper:
             values |= {"mfu": round(speed / self._best_speed, 4)} if self._best_speed else {}
             values |= {"memory_bytes": peak_memory(self.learner.device)}
             self._write("train", **values)
-            self.display.advance(progress.step, config.train.max_steps, values)
+            self.display.advance(progress.step, self.learner.horizon, values)
             self._refresh()
+
+    def _horizon(self) -> int:
+        """The last step: the one that was asked for, or where there is a budget as many more as the
+        rest of it allows at the pace so far.
+        """
+        progress, train = self.learner.progress, self.learner.task.config.train
+        if not train.budget:
+            return train.max_steps
+        val, a_token = self.learner.task.val, progress.seconds / progress.tokens
+        # A forward pass alone is a third of what a step does with as many tokens.
+        scoring = val[0].size * a_token / 3 if val else 0.0
+        more = self._deadline.steps_left(progress.seconds / progress.step, scoring)
+        return self.learner.ranks.first(lambda: progress.step + more)
 
     def went_back(self, step: Step) -> bool:
         """Write a spike down; whether the run went back to a checkpoint before it."""
@@ -124,9 +145,7 @@ class Keeper:
             return False
         self._note_spike(step.spike)
         spiked_at = self.learner.progress.step
-        if not step.spike.rewinds:
-            return False
-        if not rewind(self.learner, self.run, self.display, step.spike):
+        if not (step.spike.rewinds and rewind(self.learner, self.run, self.display, step.spike)):
             return False
         progress = self.learner.progress
         self._saved_step, self._judged_step = progress.step, -1
@@ -155,13 +174,14 @@ class Keeper:
         if learner.task.val is None or progress.evaluated_step == progress.step:
             return
         disk.failpoint("validating")
-        score = by_first(learner, validate)
+        with self._deadline.lasting("validation"):
+            score = by_first(learner, validate)
         best = progress.best_val_loss is None or score.loss < progress.best_val_loss
         progress.evaluated_step = progress.step
         progress.evals_since_best = 0 if best else progress.evals_since_best + 1
         figures = {"val_loss": score.loss, "val_ppl": score.perplexity}
         if isinstance(learner.model, Classifier):
-            report = by_first(learner, judge_labels)
+            report = by_first(learner, lambda whole: whole.task.judge(whole.model))
             figures |= {"val_accuracy": report.accuracy, "val_macro_f1": report.macro_f1}
             # A picture more, where matplotlib is.
             with contextlib.suppress(MissingExtraError), self._if_the_disk_allows("confusion.png"):
@@ -198,14 +218,7 @@ class Keeper:
         if self.hellaswag is None or self._judged_step == step:
             return True
         hellaswag = self.hellaswag
-
-        def ask(whole: Learner) -> HellaSwagScore | str | None:
-            try:
-                return judge(hellaswag, whole, stopped)
-            except (MemoryError, RuntimeError) as error:  # the latter is what torch raises
-                return (str(error).splitlines() or ["out of memory"])[0]
-
-        score = by_first(learner, ask)
+        score = by_first(learner, lambda whole: judge(hellaswag, whole, stopped))
         if score is None:
             return False
         if isinstance(score, str):
@@ -228,7 +241,8 @@ class Keeper:
         if isinstance(self.learner.model, Classifier) or self.learner.task.tokenizer is None:
             return
         prompt = self.learner.task.config.log.sample_prompt
-        text = by_first(self.learner, lambda learner: sample(learner, self._keep_attention))
+        with self._deadline.lasting("sample"):
+            text = by_first(self.learner, lambda learner: sample(learner, self._keep_attention))
         self._write("sample", prompt=prompt, text=text)
         if not self._leads:
             return
@@ -255,10 +269,9 @@ class Keeper:
 
     def draw(self) -> None:
         """Draw the report of what was logged so far."""
-        if not self._leads:
-            return
-        with self._if_the_disk_allows("report.html"):
-            draw_run(self.run.path)
+        if self._leads:
+            with self._if_the_disk_allows("report.html"):
+                draw_run(self.run.path)
 
     def pack(self) -> None:
         """Pack the best weights to `train.quantize`; a failure is said and does no harm."""
@@ -288,16 +301,16 @@ class Keeper:
 
     def _note_spike(self, spike: Spike) -> None:
         worst = next(iter(spike.report.get("worst", [])), {})
-        facts: dict[str, Any] = {"reason": spike.what, "began": spike.began}
-        facts |= {"row": worst.get("row"), "where": worst.get("where")}
-        facts |= {"text": worst.get("text", "")[:SPIKE_TEXT]}
+        what, began = spike.report["what"], spike.report["began"]
+        facts: dict[str, Any] = {"reason": what, "began": began, "row": worst.get("row")}
+        facts |= {"where": worst.get("where"), "text": worst.get("text", "")[:SPIKE_TEXT]}
         with self._if_the_disk_allows(FOLDER):
             if self._leads:
                 facts["report"] = write_spike(self.run.path, spike)
         self._write("spike", **facts)
-        layer = f"; began in {spike.began.partition(':')[0]}" if spike.began else ""
+        layer = f"; began in {began.partition(':')[0]}" if began else ""
         see = f"; see {self.run.path / facts['report']}" if "report" in facts else ""
-        self.display.say(f"spike at step {spike.step:,}: {spike.what}{layer}{see}")
+        self.display.say(f"spike at step {spike.report['step']:,}: {what}{layer}{see}")
 
     def _write(self, event: str, **values: Any) -> None:
         progress = self.learner.progress
@@ -345,17 +358,8 @@ def due(step: int, every: int) -> bool:
 
 def validate(learner: Learner) -> Score:
     """Loss on the task's fixed validation windows."""
-    task = learner.task
-    assert task.val is not None
     with learner.autocast():
-        return score_windows(learner.model, *task.val, task.byte_lengths, eot_id=task.mask_id)
-
-
-def judge_labels(learner: Learner) -> Report:
-    """How well a classifier sorts the task's validation texts."""
-    assert isinstance(learner.model, Classifier)
-    assert learner.task.val is not None
-    return evaluate_labels(learner.model, *learner.task.val)
+        return learner.task.score(learner.model)
 
 
 def sample(learner: Learner, keep: Callable[[WatchedEngine], None] | None = None) -> str:
@@ -368,13 +372,12 @@ def sample(learner: Learner, keep: Callable[[WatchedEngine], None] | None = None
     settings = dataclasses.replace(PRESETS["nucleus"], seed=config.train.seed)
     prompt = start_ids(tokenizer, config.log.sample_prompt or None)
     engine = TorchEngine(model, slots=1, vocab=tokenizer.vocab_size)
-    watched = WatchedEngine(engine) if keep and config.log.attention else None
+    writer = WatchedEngine(engine) if keep and config.log.attention else engine
     model.eval()
     try:
-        writer, tokens = watched or engine, config.log.sample_tokens
-        text = complete(writer, tokenizer, [prompt], settings, tokens)[0]
+        text = complete(writer, tokenizer, [prompt], settings, config.log.sample_tokens)[0]
     finally:
         model.train()
-    if keep and watched:
-        keep(watched)
+    if keep and isinstance(writer, WatchedEngine):
+        keep(writer)
     return text

@@ -68,6 +68,8 @@ class Learner:
     scaler: torch.amp.GradScaler
     loss: Callable[..., Tensor]
     autocast: Callable[[], contextlib.AbstractContextManager[Any]]
+    horizon: int
+    """The step the run ends at: ``train.max_steps``, or what the clock has time for."""
     progress: Progress = field(default_factory=Progress)
     ranks: Ranks = ALONE
     sharded: bool = False
@@ -134,7 +136,7 @@ def build_learner(
             f"{config.train.batch_size} rows and {'a part (fsdp)' if cut else 'all (ddp)'} "
             "of the model"
         )
-    precision = choose_precision(config.train.precision, device)
+    precision = torch.float32 if canonical else choose_precision(config.train.precision, device)
     learner = Learner(
         task=task,
         model=model,
@@ -145,6 +147,7 @@ def build_learner(
         autocast=functools.partial(
             torch.autocast, device.type, precision, enabled=precision != torch.float32
         ),
+        horizon=config.train.max_steps,
         ranks=ranks,
         sharded=cut,
         whole=whole,
@@ -190,9 +193,9 @@ def optimizer_step(learner: Learner, with_layers: bool = False) -> Step:
     the step is not taken, its rows are used up.
     """
     config, progress = learner.task.config, learner.progress
-    train, max_steps = config.train, config.train.max_steps
-    lr = set_lr(learner.optimizer, lr_at(progress.step, config.optim, max_steps))
-    dropout = dropout_at(progress.step, config.model.dropout, train.dropout_final, max_steps)
+    train, last = config.train, learner.horizon
+    lr = set_lr(learner.optimizer, lr_at(progress.step, config.optim, last))
+    dropout = dropout_at(progress.step, config.model.dropout, train.dropout_final, last)
     if train.dropout_final is not None:
         learner.body.set_dropout(dropout)
     first = progress.step * train.batch_size + progress.skipped_rows

@@ -38,14 +38,22 @@ class TrainResult:
 
 
 def train(
-    config: Config, out: Path | str, *, resume: bool = False, quiet: bool = False
+    config: Config,
+    out: Path | str,
+    *,
+    resume: bool = False,
+    quiet: bool = False,
+    began: float | None = None,
 ) -> TrainResult:
     """Train a model into the run directory ``out``; with ``resume`` go on with the run there.
+
+    ``train.budget`` counts from ``began``, a `time.monotonic`; None: from now.
 
     Ctrl-C and SIGTERM save and raise `Preempted`; a second one stops at once. Raises `ConfigError`
     where ``out`` holds a run and ``resume`` is false, `NonFiniteError` after
     ``train.max_bad_steps`` bad steps in a row, `ResourceError` when the disk stays full.
     """
+    began = time.monotonic() if began is None else began
     with contextlib.ExitStack() as stack:
         device = choose_device(config.train.device)
         ranks = stack.enter_context(joined(device))
@@ -62,7 +70,7 @@ def train(
         restore(learner, run, display)
         log = MetricsLog(run.path, task.config, silent=not ranks.leads)
         stack.enter_context(contextlib.closing(log))
-        keeper = Keeper(learner, run, log, display, hellaswag)
+        keeper = Keeper(learner, run, log, display, hellaswag, began)
         if ranks.first(lambda: _is_over(learner) and last_event(log.path) == "end"):
             display.say(f"{run.path} is finished; more train.max_steps would carry it on")
         else:
@@ -73,7 +81,7 @@ def train(
             keeper.draw()
             keeper.pack()
         progress = learner.progress
-        reason = "finished" if progress.step >= config.train.max_steps else "early stop"
+        reason = "finished" if progress.step >= learner.horizon else "early stop"
         result = TrainResult(
             run.path, progress.step, progress.best_step, progress.best_val_loss, reason
         )
@@ -101,7 +109,7 @@ def _loop(learner: Learner, keeper: Keeper, stop: "_Stop") -> str:
         learner.ranks.hurry()
         if stop.agreed():
             break
-        last = progress.step == config.train.max_steps
+        last = progress.step >= learner.horizon
         if last or due(progress.step, config.checkpoint.every):
             keeper.save()  # before anything risky
         if last or due(progress.step, config.eval.every):
@@ -115,7 +123,7 @@ def _loop(learner: Learner, keeper: Keeper, stop: "_Stop") -> str:
     keeper.save(at_last=True)
     keeper.validate()
     _judge(learner, keeper, stop)
-    return "finished" if progress.step >= config.train.max_steps else "early stop"
+    return "finished" if progress.step >= learner.horizon else "early stop"
 
 
 def _judge(learner: Learner, keeper: Keeper, stop: "_Stop") -> None:
@@ -129,7 +137,7 @@ def _is_over(learner: Learner) -> bool:
     """Whether the last step is done, or too many validations in a row brought nothing better."""
     train, progress = learner.task.config.train, learner.progress
     early = 0 < train.patience <= progress.evals_since_best
-    return early or progress.step >= train.max_steps
+    return early or progress.step >= learner.horizon
 
 
 def _open(
@@ -213,6 +221,6 @@ def _say_goodbye(learner: Learner, keeper: Keeper, stop: _Stop) -> None:
         keeper.draw()
     raise Preempted(
         f"stopped by {stop.requested or 'a signal'} and saved at step {progress.step:,} of "
-        f"{learner.task.config.train.max_steps:,}",
+        f"{learner.horizon:,}",
         fix=f"go on with: octavo train {path} --resume",
     )

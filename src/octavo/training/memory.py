@@ -155,9 +155,10 @@ def _logits(config: Config, N: int) -> int:
 
 def _averages(config: Config, trainable: int) -> int:
     """Numbers the optimizer keeps: AdamW two a parameter, Muon one for the blocks' matrices."""
-    if config.optim.name == "muon" and not config.lora.rank:
-        return 2 * trainable - _matrices(config.model)
-    return 2 * trainable
+    if config.optim.name != "muon" or config.lora.rank:
+        return 2 * trainable
+    count = count_parameters(dataclasses.replace(config.model, bias=False))
+    return 2 * trainable - count.attention - count.mlp
 
 
 def _updating(config: Config, conditions: Conditions) -> int:
@@ -171,11 +172,6 @@ def _updating(config: Config, conditions: Conditions) -> int:
     kernels = conditions.device == "cpu" and multiplies_bf16(conditions.device)
     copies = FP32 * MUON_COPIES * model.n_layer * max(widest, 4 * model.d_model**2)
     return copies + kernels * BF16_KERNELS
-
-
-def _matrices(model: ModelConfig) -> int:
-    plain = dataclasses.replace(model, bias=False)
-    return count_parameters(plain).attention + count_parameters(plain).mlp
 
 
 def arrangements(config: Config) -> list[Config]:
@@ -194,14 +190,8 @@ def with_micro_batch(config: Config, size: int) -> Config:
 
 def largest_fitting(config: Config, conditions: Conditions, available: float) -> Config | None:
     """The arrangement with the largest micro-batch that ``available`` bytes hold; None: none."""
-    return next(
-        (
-            arranged
-            for arranged in arrangements(config)
-            if training_memory(arranged, conditions).peak <= available
-        ),
-        None,
-    )
+    fitting = (c for c in arrangements(config) if training_memory(c, conditions).peak <= available)
+    return next(fitting, None)
 
 
 def free_memory(device: str) -> int:

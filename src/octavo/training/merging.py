@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from octavo.adapting.classify import Classifier
 from octavo.adapting.lora import merge
@@ -54,27 +55,33 @@ def _write_merged(
     taken = [source.path / name for name in (DATA, "tokenizer_config.json")]
     files = {path.name: path.read_bytes() for path in taken if path.exists()}
     figures = {"largest_change_of_a_logit": difference}
-    Run.create_with_weights(
-        out, plain, source.tokenizer, files, model.state_dict(), facts | figures
-    )
+    Run.create(out, plain, source.tokenizer, files, model.state_dict(), facts | figures)
     return figures | {"parameters": sum(p.numel() for p in model.parameters())}
 
 
 def fold_in(model: GPT | Classifier) -> float:
-    """Merge ``model``'s adapters; the largest change of a logit, as a share of the largest logit.
+    """Merge ``model``'s adapters; how far that moved its logits, or an error, by `check_equal`."""
+    before = probe(model)
+    merge(model)
+    fix = "keep the adapter apart; nothing was written"
+    return check_equal(before, probe(model), "the merged model's logits differ", fix)
 
-    Raises `ParityError` where it changes more than rounding does.
-    """
+
+def probe(model: GPT | Classifier) -> Tensor:
+    """The logits (T, V) of a short text of random ids, the same for every model of this shape."""
     text = min(TEXT, model.config.block_size)
     ids = torch.randint(model.config.vocab_size, (1, text), generator=torch.Generator())
-    with torch.no_grad():
-        before = model(ids)
-        merge(model)
-        difference = ((model(ids) - before).abs().max() / before.abs().max()).item()
+    with torch.inference_mode():
+        return model(ids)[0]
+
+
+def check_equal(wanted: Tensor, found: Tensor, what: str, fix: str) -> float:
+    """The largest difference of a logit, as a share of the largest logit.
+
+    Raises `ParityError`, which begins with ``what``, where it is more than rounding.
+    """
+    difference = ((wanted - found).abs().max() / wanted.abs().max()).item()
     if not difference <= TOLERANCE:
-        raise ParityError(
-            f"the merged model's logits differ by {difference:.1e} of the largest",
-            f"{TOLERANCE:.0e} is allowed",
-            "keep the adapter apart; nothing was written",
-        )
+        allowed = f"{TOLERANCE:.0e} is allowed"
+        raise ParityError(f"{what} by {difference:.1e} of the largest", allowed, fix)
     return difference

@@ -23,7 +23,8 @@ from octavo.config import Config, LogConfig
 from octavo.errors import MissingExtraError
 from octavo.training.sharded import full
 
-Backend = Callable[[dict[str, float], int], None]
+Backend = tuple[Callable[[dict[str, float], int], object], Callable[[], object]]
+"""To send it the numbers of a step, and to close it."""
 
 
 class MetricsLog:
@@ -35,9 +36,11 @@ class MetricsLog:
         written = Path(os.devnull) if silent else self.path
         with disk.errors(f"write {self.path}"):
             self._file = written.open("a", encoding="utf-8")
-        if not silent and self.path.stat().st_size and not _ends_with_newline(self.path):
+        if not silent and self.path.read_bytes()[-1:] not in (b"", b"\n"):
             self._file.write("\n")  # a killed run's torn line stays torn, and alone
-        self._backends, self._closers = ([], []) if silent else _open_backends(run, config)
+        openers = {"tensorboard": _open_tensorboard, "wandb": _open_wandb}
+        asked = [] if silent else config.log.to
+        self._backends = [openers[name](run, config.log) for name in asked]
 
     def write(self, event: str, step: int, tokens: int, seconds: float, **values: Any) -> None:
         """Append one event; numbers that JSON cannot hold become null.
@@ -56,29 +59,18 @@ class MetricsLog:
                 for name, value in values.items()
                 if isinstance(value, int | float)
             }
-            for send in self._backends:
+            for send, _ in self._backends:
                 send(numbers, step)
 
     def close(self) -> None:
         """Flush everything; the log cannot be written to afterwards."""
         with contextlib.suppress(OSError):  # of a full disk everybody was told before
             self._file.close()
-        for close in self._closers:
+        for _, close in self._backends:
             close()
 
 
-def _open_backends(run: Path, config: Config) -> tuple[list[Backend], list[Callable[[], object]]]:
-    backends: list[Backend] = []
-    closers: list[Callable[[], object]] = []
-    openers = {"tensorboard": _open_tensorboard, "wandb": _open_wandb}
-    for name in config.log.to:
-        send, close = openers[name](run, config.log)
-        backends.append(send)
-        closers.append(close)
-    return backends, closers
-
-
-def _open_tensorboard(run: Path, log: LogConfig) -> tuple[Backend, Callable[[], object]]:
+def _open_tensorboard(run: Path, log: LogConfig) -> Backend:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -92,7 +84,7 @@ def _open_tensorboard(run: Path, log: LogConfig) -> tuple[Backend, Callable[[], 
     return send, writer.close
 
 
-def _open_wandb(run: Path, log: LogConfig) -> tuple[Backend, Callable[[], object]]:
+def _open_wandb(run: Path, log: LogConfig) -> Backend:
     try:
         import wandb
     except ImportError:
@@ -118,7 +110,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def last_event(path: Path) -> str:
     """The kind of the last whole line, or nothing."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = path.read_bytes().splitlines() if path.exists() else []  # one may end in half a letter
     with contextlib.suppress(IndexError, ValueError, KeyError):
         return json.loads(lines[-1])["event"]
     return ""
@@ -150,9 +142,8 @@ def _norms(tensors: dict[str, Tensor]) -> dict[str, float]:
     layers: dict[str, list[Tensor]] = {}
     for name, tensor in tensors.items():
         parts = name.removeprefix("body.").split(".")  # a classifier's GPT is its body
-        layers.setdefault(".".join(parts[:2]) if parts[0] == "blocks" else "rest", []).append(
-            tensor
-        )
+        layer = ".".join(parts[:2]) if parts[0] == "blocks" else "rest"
+        layers.setdefault(layer, []).append(tensor)
     norms = [full(torch.nn.utils.get_total_norm(group)) for group in layers.values()]
     return dict(zip(layers, torch.stack(norms).tolist() if norms else [], strict=True))
 
@@ -163,9 +154,3 @@ def _json_safe(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _json_safe(item) for name, item in value.items()}
     return value
-
-
-def _ends_with_newline(path: Path) -> bool:
-    with path.open("rb") as file:
-        file.seek(-1, 2)
-        return file.read(1) == b"\n"

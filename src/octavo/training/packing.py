@@ -6,9 +6,6 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from octavo import disk, packed
 from octavo.adapting.quantize import (
     Weights,
@@ -18,13 +15,12 @@ from octavo.adapting.quantize import (
     unpacked_model,
 )
 from octavo.checkpoint import MODEL, weights_sha256
-from octavo.errors import ConfigError, ParityError
+from octavo.errors import ConfigError
 from octavo.language_model import LanguageModel
 from octavo.manifest import read_manifest, verified, versions
-from octavo.model.gpt import GPT
 from octavo.packed import Storage
 from octavo.text.token_files import watched
-from octavo.training.merging import TEXT, TOLERANCE, fold_in
+from octavo.training.merging import check_equal, fold_in, probe
 
 
 def pack_run(
@@ -56,7 +52,9 @@ def pack_run(
             wanted = probe(quantized_model(lm.config, numbers))  # one model after the other
             del numbers
             found = probe(unpacked_model(lm.config, file))
-            equal = {"largest_difference_of_a_logit": check_equal(wanted, found)}
+            what = "what was packed gives logits that differ"
+            worst = check_equal(wanted, found, what, "it was not kept; please report it")
+            equal = {"largest_difference_of_a_logit": worst}
             packed.add_facts(file.path, equal)
             packed.publish(temp, lm.run.path, precision)
     return facts | equal
@@ -104,26 +102,3 @@ def describe(
         "tensors": dict(Counter(str(storage) for storage, _ in plan.values())),
         "versions": versions(),
     }
-
-
-def probe(model: GPT) -> Tensor:
-    """The logits (T, V) of a short text of random ids, the same for every model of this shape."""
-    text = min(TEXT, model.config.block_size)
-    ids = torch.randint(model.config.vocab_size, (1, text), generator=torch.Generator())
-    with torch.inference_mode():
-        return model(ids)[0]
-
-
-def check_equal(wanted: Tensor, found: Tensor) -> float:
-    """The largest difference of a logit, as a share of the largest logit.
-
-    Raises `ParityError` where it is more than rounding.
-    """
-    difference = ((wanted - found).abs().max() / wanted.abs().max()).item()
-    if not difference <= TOLERANCE:
-        raise ParityError(
-            f"what was packed gives logits that differ by {difference:.1e} of the largest",
-            f"{TOLERANCE:.0e} is allowed",
-            "nothing was kept; please report it",
-        )
-    return difference

@@ -28,32 +28,24 @@ from octavo.training.canonical import VIRTUAL, unflatten
 T = TypeVar("T")
 
 TIMEOUT = "OCTAVO_TIMEOUT"  # seconds after which a process that does not answer is given up
-FIRST_TIMEOUT = timedelta(
-    minutes=30
-)  # before the first step is done: texts are read, code compiled
+# Before the first step is done, while texts are read and code is compiled.
+FIRST_TIMEOUT = timedelta(minutes=30)
 PATIENCE = timedelta(days=1)  # with the first process, when it saves or judges
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What became of an attempt: a value, or an error for people."""
+def outcome(do: Callable[[], Any]) -> Any:
+    """What ``do`` gives, or the error for people that it raises: both can be sent."""
+    try:
+        return do()
+    except OctavoError as error:
+        return error
 
-    value: Any = None
-    error: OctavoError | None = None
 
-    @classmethod
-    def of(cls, do: Callable[[], Any]) -> "Outcome":
-        """Try it."""
-        try:
-            return cls(do())
-        except OctavoError as error:
-            return cls(error=error)
-
-    def get(self) -> Any:
-        """The value; raises the error."""
-        if self.error is not None:
-            raise self.error
-        return self.value
+def settled(found: Any) -> Any:
+    """What an `outcome` is; raises it where it is an error."""
+    if isinstance(found, OctavoError):
+        raise found
+    return found
 
 
 @dataclass(frozen=True)
@@ -127,7 +119,7 @@ class Ranks:
         """What ``do`` gives on the first process, where alone it is called; raises as it does."""
         if self.size == 1:
             return do()
-        return self.tell(Outcome.of(do) if self.leads else None).get()
+        return settled(self.tell(outcome(do) if self.leads else None))
 
     def tell(self, what: Any) -> Any:
         """What the first process says, on each."""

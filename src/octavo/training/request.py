@@ -10,7 +10,7 @@ import octavo
 from octavo.checkpoint import Run
 from octavo.config import Config, load_config
 from octavo.errors import ConfigError
-from octavo.text.files import RECORD_SUFFIXES, decode, find_files, read_bytes, records
+from octavo.text.files import RECORD_SUFFIXES, find_files, read_bytes, records
 
 # What fine-tuning changes of the defaults; any setting that is named wins over it.
 FINETUNING = (
@@ -104,16 +104,15 @@ def finetune_request(
     if head_only and not labels:
         raise ConfigError("--head trains a classifier's head", fix="add --labels")
     run, data = Run.open(words[0]), words[1:]
-    model = dataclasses.asdict(run.config.model)
-    words = [f"model.{name}={json.dumps(value)}" for name, value in model.items()]
-    words += [f"finetune.base={json.dumps(str(run.path.resolve()))}", *FINETUNING]
-    words += [f"finetune.head_only={json.dumps(head_only)}"]
-    words += [f"lora.rank={0 if train_all or head_only else ADAPTER_RANK}"]
-    words += [
-        f"data.source={json.dumps(data)}",
-        f"data.kind={'labels' if labels else kind_of(data)}",
-    ]
-    return Request(load_config(None, [*words, *settings]), f"{run.path.name}-{_name_of(data[0])}")
+    given = {
+        "model": dataclasses.asdict(run.config.model),
+        "finetune": {"base": str(run.path.resolve()), "head_only": head_only},
+        "lora": {"rank": 0 if train_all or head_only else ADAPTER_RANK},
+        "data": {"source": data, "kind": "labels" if labels else kind_of(data)},
+    }
+    words = [f"{section}={json.dumps(values)}" for section, values in given.items()]
+    config = load_config(None, [*words, *FINETUNING, *settings])
+    return Request(config, f"{run.path.name}-{_name_of(data[0])}")
 
 
 def kind_of(data: list[str]) -> str:
@@ -121,7 +120,7 @@ def kind_of(data: list[str]) -> str:
     if not data[0].lower().endswith(RECORD_SUFFIXES):
         return "text"
     path = find_files(data[0], RECORD_SUFFIXES)[0][0]
-    first = next(records(decode(read_bytes(path), path), path), None)
+    first = next(records(read_bytes(path), path), None)
     names = set(first.values) if first else set()
     if {"prompt", "completion"} <= names:
         return "completion"

@@ -43,14 +43,10 @@ def rewind(learner: Learner, run: Run, display: Display, spike: Spike) -> bool:
     progress.skipped_rows = (before.step - progress.step) * rows + before.skipped_rows
     progress.rewinds, progress.rewound_from = spike.rewinds, before.step
     progress.best_step, progress.best_val_loss = before.best_step, before.best_val_loss
-    display.say(
-        f"rewound from step {before.step:,} to {progress.step:,}, to go on with other rows"
-        + (
-            "; if that does not help, spikes are only logged"
-            if spike.rewinds == MOST_REWINDS
-            else ""
-        )
-    )
+    last = spike.rewinds == MOST_REWINDS
+    more = "; if that does not help, spikes are only logged" if last else ""
+    back = f"rewound from step {before.step:,} to {progress.step:,}"
+    display.say(f"{back}, to go on with other rows{more}")
     return True
 
 
@@ -70,8 +66,8 @@ def write_spike(run: Path, spike: Spike) -> str:
 
 def _as_text(spike: Spike) -> str:
     report, reading = spike.report, spike.report["recent"][-1]
-    lines = [f"step {spike.step:,}: {spike.what}"]
-    lines += [f"began in {spike.began}"] if spike.began else []
+    lines = [f"step {report['step']:,}: {report['what']}"]
+    lines += [f"began in {report['began']}"] if report["began"] else []
     lines += [f"learning rate {reading['lr']:.4g}, loss scale {_number(reading['scale'])}", ""]
     lines += _rows(report)
     jumps = jumps_of(report["recent"][:-1], reading)

@@ -25,8 +25,7 @@ from octavo.errors import ConfigError, NonFiniteError
 from octavo.manifest import to_json
 from octavo.model.gpt import GPT
 from octavo.tensors import first_non_finite, write_tensors
-from octavo.training.optim import optimizer_tensors
-from octavo.training.parallel import Outcome, Ranks
+from octavo.training.parallel import Ranks, outcome, settled
 
 if TYPE_CHECKING:
     from octavo.training.learner import Learner
@@ -47,17 +46,17 @@ def is_to_be_sharded(config: Config, model: nn.Module, device: torch.device, ran
     needed = sum(p.numel() * (TRAINED if p.requires_grad else FROZEN) for p in model.parameters())
     if asked == "auto" and not ranks.any(needed > ROOM * _memory(device)):
         return False
-    for name, wrong in (
-        ("optim.name=muon, which works on whole matrices", config.optim.name == "muon"),
-        ("train.precision=fp16", config.train.precision == "fp16"),
-        ("train.deterministic=canonical", config.train.deterministic == "canonical"),
-    ):
-        if wrong:
-            raise ConfigError(
-                f"fsdp does not go with {name}",
-                f"the model needs {needed / 1e9:,.1f} GB",
-                "leave it out, or choose train.parallel=ddp",
-            )
+    alone = {
+        "optim.name=muon, which works on whole matrices": config.optim.name == "muon",
+        "train.precision=fp16": config.train.precision == "fp16",
+        "train.deterministic=canonical": config.train.deterministic == "canonical",
+    }
+    if refused := [name for name in alone if alone[name]]:
+        raise ConfigError(
+            f"fsdp does not go with {refused[0]}",
+            f"the model needs {needed / 1e9:,.1f} GB",
+            "leave it out, or choose train.parallel=ddp",
+        )
     return True
 
 
@@ -154,7 +153,8 @@ def save(learner: "Learner", run: Run) -> Path:
         return ranks.first(lambda: run.save(step, *learner.tensors(), learner.state(), keep))
     whole = _gathered(learner)
     name = f"optimizer-{ranks.rank}-of-{ranks.size}.safetensors"
-    parts, places = _own_parts(learner)
+    state = learner.tensors()[1]
+    parts, places = _own_parts(state, ranks)
 
     def write(folder: Path) -> dict[str, Any]:
         if spoilt := first_non_finite(parts):
@@ -166,9 +166,9 @@ def save(learner: "Learner", run: Run) -> Path:
 
     def write_all(folder: Path) -> None:
         ranks.tell(folder)
-        written = [outcome.get() for outcome in ranks.gather(Outcome.of(lambda: write(folder)))]
+        written = map(settled, ranks.gather(outcome(lambda: write(folder))))
         index = {
-            "shapes": {key: list(t.shape) for key, t in _state(learner).items()},
+            "shapes": {key: list(tensor.shape) for key, tensor in state.items()},
             "files": {file: places for part in written for file, places in part.items()},
         }
         disk.write_synced(folder / INDEX, to_json(index))
@@ -179,27 +179,24 @@ def save(learner: "Learner", run: Run) -> Path:
             lambda: run.save(step, model, {}, learner.state(), keep, None, write_all)
         )
     told = ranks.tell(None)
-    if isinstance(told, Path):
-        ranks.gather(Outcome.of(lambda: write(told)))
+    if isinstance(told, Path):  # where to write to, and no error that came before
+        ranks.gather(outcome(lambda: write(told)))
         told = ranks.tell(None)
-    return told.get()
+    return settled(told)
 
 
-def _state(learner: "Learner") -> dict[str, Tensor]:
-    return optimizer_tensors(learner.optimizer, learner.model)
-
-
-def _own_parts(learner: "Learner") -> tuple[dict[str, Tensor], dict[str, list[int]]]:
-    """The part of the optimizer's state that lies here, and where each tensor of it begins.
+def _own_parts(
+    state: Mapping[str, Tensor], ranks: Ranks
+) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
+    """The part of the optimizer's ``state`` that lies here, and where each tensor of it begins.
 
     Rows are dealt out as `torch.chunk` does: the last processes may have fewer, or none.
     """
     from torch.distributed.tensor import DTensor
 
-    ranks = learner.ranks
     parts: dict[str, Tensor] = {}
     places: dict[str, list[int]] = {}
-    for name, tensor in _state(learner).items():
+    for name, tensor in state.items():
         place = [0] * tensor.dim()
         if isinstance(tensor, DTensor):
             place[0] = -(-tensor.shape[0] // ranks.size) * ranks.rank

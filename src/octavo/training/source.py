@@ -51,20 +51,13 @@ def _from_text(config: Config, out: Path, tokenizer: Tokenizer | None) -> Source
     tokens = tokenize(corpus, tokenizer)
     data = {"name": corpus.name, "sha256": corpus.sha256, "description": corpus.description}
     if config.data.val_source is None:
-        train_tokens, val_tokens = split(tokens, config.data.val_fraction)
+        train, val = split(tokens, config.data.val_fraction)
     else:
         val_corpus = read_corpus(config.data.val_source, config.data.field)
-        train_tokens, val_tokens = tokens, tokenize(val_corpus, tokenizer)
+        train, val = tokens, tokenize(val_corpus, tokenizer)
         data["val_sha256"] = val_corpus.sha256
-    return Source(
-        train=train_tokens,
-        val=val_tokens,
-        tokenizer=tokenizer,
-        vocab_size=tokenizer.vocab_size,
-        eot_id=tokenizer.eot_id,
-        data=data,
-        files={PIPED: corpus.text.encode()} if from_stdin else {},
-    )
+    files = {PIPED: corpus.text.encode()} if from_stdin else {}
+    return Source(train, val, tokenizer, tokenizer.vocab_size, tokenizer.eot_id, data, files)
 
 
 def _from_shards(config: Config, dataset: Dataset, tokenizer: Tokenizer | None) -> Source:

@@ -16,6 +16,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,14 +48,12 @@ BATCH_TOKENS = 2048  # looked at together: few, for the training step's own memo
 class Spike:
     """A step that leapt."""
 
-    step: int
-    what: str
-    began: str
     rewinds: int
     """0 where it was taken; else it is to be gone back from, for so many times in a row."""
     name: str
     """Of its report, without a suffix."""
     report: dict[str, Any]
+    """What is known: its step, what leapt, where it began, its rows, the steps before it."""
 
 
 def watch(
@@ -123,17 +122,11 @@ def _sigma(distances: np.ndarray, least: float) -> float:
     return max(TO_SIGMA * float(np.median(distances)), least)
 
 
-def _tries(learner: "Learner") -> int:
-    """How often the run has gone back from here or shortly before."""
-    progress, window = learner.progress, learner.task.config.train.spike_window
-    return progress.rewinds if progress.step < progress.rewound_from + window else 0
-
-
 def _investigate(
     learner: "Learner", recent: Sequence[Reading], reading: Reading, what: str
 ) -> Spike:
     """Which rows it was and in which layer it began; a failure to find out does no harm."""
-    train = learner.task.config.train
+    train, progress = learner.task.config.train, learner.progress
 
     def look(whole: "Learner") -> tuple[dict[str, Any], dict[str, float]]:
         peaks: dict[str, float] = {}
@@ -144,12 +137,12 @@ def _investigate(
             return {"unknown": (str(error).splitlines() or ["out of memory"])[0]}, peaks
 
     rows, peaks = by_first(learner, look)
-    began = _began(recent, reading, peaks)
-    before = _tries(learner)
+    shortly_after = progress.step < progress.rewound_from + train.spike_window
+    before = progress.rewinds if shortly_after else 0  # how often the run has gone back from here
     report = {
         "step": reading["step"],
         "what": what,
-        "began": began,
+        "began": _began(recent, reading, peaks),
         "on_spike": train.on_spike,
         "spike_sigmas": train.spike_sigmas,
         **rows,
@@ -157,9 +150,6 @@ def _investigate(
         "recent": [*recent, reading],
     }
     return Spike(
-        step=reading["step"],
-        what=what,
-        began=began,
         rewinds=before + 1 if train.on_spike == "rewind" and before < MOST_REWINDS else 0,
         name=f"step-{reading['step']:08d}" + (f"-{before + 1}" if before else ""),
         report=report,
@@ -171,17 +161,14 @@ def _watched(model: GPT | Classifier, body: GPT) -> Iterator[dict[str, float]]:
     """The largest absolute value that leaves each layer meanwhile, in their order."""
     peaks: dict[str, float] = {}
 
-    def hook(name: str, module: nn.Module) -> Any:
-        def look(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            peak = output.detach().abs().max().item()
-            peaks[name] = float(np.maximum(peaks.get(name, 0.0), peak))  # NaN stays NaN
-
-        return module.register_forward_hook(look)
+    def look(name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        peak = output.detach().abs().max().item()
+        peaks[name] = float(np.maximum(peaks.get(name, 0.0), peak))  # NaN stays NaN
 
     blocks = {f"blocks.{i}": block for i, block in enumerate(body.blocks)}
     layers: dict[str, nn.Module] = {"tok_emb": body.tok_emb, **blocks, "norm_f": body.norm_f}
     layers["lm_head"] = model.lm_head
-    handles = [hook(name, module) for name, module in layers.items()]
+    handles = [layers[name].register_forward_hook(partial(look, name)) for name in layers]
     try:
         yield peaks
     finally:
@@ -252,13 +239,10 @@ def _began(recent: Sequence[Reading], reading: Reading, peaks: Mapping[str, floa
         blocks = [name for name in layers if name in bad and name.startswith("blocks.")]
         where = blocks[-1] if blocks else bad[-1]
         return f"{shown(where)}: on the way back the first whose gradient is not finite"
-    jumps = jumps_of(recent, reading)
-    if not jumps:
+    if not (jumps := jumps_of(recent, reading)):
         return ""
-    name = max(jumps, key=lambda layer: jumps[layer])
-    return (
-        f"{shown(name)}: its gradient norm is {jumps[name]:.3g} times its median, the most of all"
-    )
+    name, times = max(jumps.items(), key=lambda pair: pair[1])
+    return f"{shown(name)}: its gradient norm is {times:.3g} times its median, the most of all"
 
 
 def shown(layer: str) -> str:

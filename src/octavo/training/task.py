@@ -3,15 +3,16 @@
 import dataclasses
 import glob
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from octavo.adapting.classify import Classifier, Report, evaluate_labels
-from octavo.checkpoint import weights_sha256
-from octavo.config import Config, DataConfig, ModelConfig
+from octavo.checkpoint import Run, weights_sha256
+from octavo.config import Config, ModelConfig
 from octavo.errors import ConfigError, DataError
 from octavo.evaluating.perplexity import Score, score_windows
 from octavo.language_model import LanguageModel, load_base
@@ -23,7 +24,7 @@ from octavo.text.chat import ChatTemplate
 from octavo.text.examples import Examples, read_examples, split_examples
 from octavo.text.token_files import Tokens
 from octavo.text.tokenizer import Tokenizer
-from octavo.training.source import read_source
+from octavo.training.source import Source, read_source
 
 DATA = "data.json"  # which text a run learns from: name, SHA-256, tokens
 
@@ -31,19 +32,6 @@ DATA = "data.json"  # which text a run learns from: name, SHA-256, tokens
 # compiles when the run is expected to last so much longer. Rough rates are enough to tell.
 COMPILE_PAYS_AFTER = {"cpu": 3600.0, "cuda": 300.0}  # seconds of training
 ASSUMED_RATE = {"cpu": 5e10, "cuda": 1e14}  # floating-point operations a second
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What is learned from and validated on, and what is known about it."""
-
-    batches: Batches | Examples
-    val: tuple[np.ndarray, np.ndarray] | None
-    tokenizer: Tokenizer | None
-    vocab_size: int
-    data: dict[str, Any]
-    labels: list[str] = field(default_factory=list)
-    files: dict[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -74,6 +62,17 @@ class Task:
         """The end-of-text token that attention may not cross; None where it may."""
         return self.batches.eot_id if isinstance(self.batches, Batches) else None
 
+    def score(self, model: nn.Module) -> Score:
+        """The loss of ``model`` on the validation windows."""
+        assert self.val is not None
+        return score_windows(model, *self.val, self.byte_lengths, eot_id=self.mask_id)
+
+    def judge(self, model: nn.Module) -> Report:
+        """How well the classifier ``model`` sorts the validation texts."""
+        assert isinstance(model, Classifier)
+        assert self.val is not None
+        return evaluate_labels(model, *self.val)
+
 
 def prepare(config: Config, device: str, out: Path, tokenizer: Tokenizer | None = None) -> Task:
     """Read and tokenize the data and fill in what the configuration left open.
@@ -84,27 +83,25 @@ def prepare(config: Config, device: str, out: Path, tokenizer: Tokenizer | None 
     """
     base = load_base(config.finetune) if config.finetune.base else None
     tokenizer = tokenizer or (base.tokenizer if base and base.has_tokenizer else None)
-    rows = (_windows if config.data.kind == "text" else _examples)(config, out, tokenizer, base)
-    data = rows.data | {
-        "tokenizer": rows.tokenizer.kind if rows.tokenizer else None,
-        "tokenizer_sha256": rows.tokenizer.fingerprint if rows.tokenizer else None,
+    if config.data.kind == "text":
+        task = _windows(config, read_source(config, out, tokenizer))
+    else:
+        task = _examples(config, out, tokenizer, base)
+    data = task.data | {
+        "tokenizer": task.tokenizer.kind if task.tokenizer else None,
+        "tokenizer_sha256": task.tokenizer.fingerprint if task.tokenizer else None,
     }
-    return Task(
-        config=_resolve(config, rows, device, base),
-        tokenizer=rows.tokenizer,
-        batches=rows.batches,
-        val=rows.val,
+    return dataclasses.replace(
+        task,
+        config=_resolve(task, device, base),
         data=data,
-        files=rows.files | {DATA: to_json(data)},
+        files=task.files | {DATA: to_json(data)},
         base=base.model if base else None,
     )
 
 
-def _windows(
-    config: Config, out: Path, tokenizer: Tokenizer | None, base: LanguageModel | None
-) -> Rows:
+def _windows(config: Config, source: Source) -> Task:
     """Windows of one long text, or of tokens that were prepared before."""
-    source = read_source(config, out, tokenizer)
     eot_id = source.eot_id if config.data.mask_documents else None
     if config.data.mask_documents and eot_id is None:
         raise ConfigError(
@@ -113,11 +110,11 @@ def _windows(
         )
     T, seed = config.model.block_size, config.train.seed
     has_val = len(source.val) > 0
-    return Rows(
+    return Task(
+        config=_fitted(config, source.vocab_size, []),
+        tokenizer=source.tokenizer,
         batches=Batches(source.train, T, seed, config.data.sampling, eot_id),
         val=fixed_windows(source.val, T, config.eval.windows, eot_id) if has_val else None,
-        tokenizer=source.tokenizer,
-        vocab_size=source.vocab_size,
         data=source.data | {"tokens": len(source.train), "val_tokens": len(source.val)},
         files=source.files,
     )
@@ -125,7 +122,7 @@ def _windows(
 
 def _examples(
     config: Config, out: Path, tokenizer: Tokenizer | None, base: LanguageModel | None
-) -> Rows:
+) -> Task:
     """Records, one a row: completions, conversations, labelled texts."""
     kind, source = config.data.kind, config.data.source
     if tokenizer is None or source is None or kind == "text":
@@ -146,22 +143,22 @@ def _examples(
     data = {"name": read.name, "sha256": read.sha256, "description": read.description}
     data |= {"tokens": sum(len(example.x) for example in train)}
     data |= {"val_tokens": sum(len(example.x) for example in val)}
-    return Rows(
+    return Task(
+        config=_fitted(config, tokenizer.vocab_size, read.labels),
+        tokenizer=tokenizer,
         batches=Examples(train, width, config.train.seed),
         val=Examples(val, width, 0).all() if val else None,
-        tokenizer=tokenizer,
-        vocab_size=tokenizer.vocab_size,
         data=data,
-        labels=read.labels,
         files=template.files() if template else {},
     )
 
 
 def check_resumable(old: Config, new: Config) -> None:
     """Refuse settings that would make the rest of a run another experiment, naming each."""
-    free = ("eval.", "checkpoint.", "log.", "train.max_steps", "train.device", "train.patience")
-    free += ("train.max_bad_steps", "train.compile", "train.micro_batch_size", "train.grad_accum")
-    free += ("train.parallel", "train.quantize", "train.draft", "train.spike_", "train.on_spike")
+    free = ("eval.", "checkpoint.", "log.", "train.max_steps", "train.budget", "train.device")
+    free += ("train.patience", "train.max_bad_steps", "train.compile", "train.micro_batch_size")
+    free += ("train.grad_accum", "train.parallel", "train.quantize", "train.draft")
+    free += ("train.spike_", "train.on_spike")
     before, after = flatten(old), flatten(new)
     changed = [
         f"{key} {before[key]} -> {after[key]}"
@@ -192,34 +189,35 @@ def check_same_text(task: Task, run: Path) -> None:
 
 def score_validation(lm: LanguageModel) -> Score:
     """The loss of a run's model on the validation windows it was trained with."""
-    task, val = _validation(lm)
-    return score_windows(lm.model, *val, task.byte_lengths, eot_id=task.mask_id)
-
-
-def validation_tokens(lm: LanguageModel) -> np.ndarray | Tokens:
-    """The ids (N,) of the text that a run was validated on, in order."""
-    if lm.run is None or lm.run.config.data.source is None:
-        raise _no_text("this model came from elsewhere, without a validation text")
-    return read_source(lm.run.config, lm.run.path, lm.run.tokenizer).val
+    return _validated_task(lm).score(lm.model)
 
 
 def judge_validation(lm: LanguageModel) -> Report:
     """How well a run's classifier sorts the validation texts it was trained beside."""
-    assert isinstance(lm.model, Classifier)
-    return evaluate_labels(lm.model, *_validation(lm)[1])
+    return _validated_task(lm).judge(lm.model)
 
 
-def _validation(lm: LanguageModel) -> tuple[Task, tuple[np.ndarray, np.ndarray]]:
-    if lm.run is None or lm.run.config.data.source is None:
-        raise _no_text("this model came from elsewhere, without a validation text")
-    task = prepare(lm.run.config, "cpu", lm.run.path, lm.run.tokenizer)
+def validation_tokens(lm: LanguageModel) -> np.ndarray | Tokens:
+    """The ids (N,) of the text that a run was validated on, in order."""
+    run = _trained_run(lm)
+    return read_source(run.config, run.path, run.tokenizer).val
+
+
+def _validated_task(lm: LanguageModel) -> Task:
+    run = _trained_run(lm)
+    task = prepare(run.config, "cpu", run.path, run.tokenizer)
     if task.val is None:
-        raise _no_text(f"{lm.run.path} has no validation text")
-    return task, task.val
+        raise ConfigError(f"{run.path} has no validation text", fix="use --perplexity FILE")
+    return task
 
 
-def _no_text(why: str) -> ConfigError:
-    return ConfigError(why, fix="use --perplexity FILE")
+def _trained_run(lm: LanguageModel) -> Run:
+    if lm.run is None or lm.run.config.data.source is None:
+        raise ConfigError(
+            "this model came from elsewhere, without a validation text",
+            fix="use --perplexity FILE",
+        )
+    return lm.run
 
 
 def flatten(config: Config) -> dict[str, Any]:
@@ -231,11 +229,18 @@ def flatten(config: Config) -> dict[str, Any]:
     }
 
 
-def _resolve(config: Config, rows: Rows, device: str, base: LanguageModel | None) -> Config:
-    model = fit_vocabulary(config.model, rows.vocab_size)
-    finetune = dataclasses.replace(config.finetune, labels=rows.labels)
+def _fitted(config: Config, vocab_size: int, labels: list[str]) -> Config:
+    """With room for every id, and the labels that the data have."""
+    model = fit_vocabulary(config.model, vocab_size)
+    finetune = dataclasses.replace(config.finetune, labels=labels)
+    return dataclasses.replace(config, model=model, finetune=finetune)
+
+
+def _resolve(task: Task, device: str, base: LanguageModel | None) -> Config:
+    """What was left open, filled in, and paths made absolute: a run goes on from anywhere."""
+    config, finetune = task.config, task.config.finetune
     if base is not None:
-        given = dataclasses.replace(model, dropout=base.config.dropout)
+        given = dataclasses.replace(config.model, dropout=base.config.dropout)
         if given != base.config:
             raise ConfigError(
                 "the model is the base's, and cannot be changed but for model.dropout",
@@ -245,19 +250,17 @@ def _resolve(config: Config, rows: Rows, device: str, base: LanguageModel | None
         assert base.checkpoint is not None
         path, sha256 = str(base.run.path.resolve()), weights_sha256(base.checkpoint)
         finetune = dataclasses.replace(finetune, base=path, base_sha256=sha256)
+    chosen = config.data.tokenizer == "auto" and task.tokenizer
     data = dataclasses.replace(
         config.data,
-        source=absolute(config.data.source or rows.data["name"]),
-        val_source=absolute(config.data.val_source),
-        tokenizer=_tokenizer_name(config.data, rows.tokenizer),
+        source=_absolute(config.data.source or task.data["name"]),
+        val_source=_absolute(config.data.val_source),
+        tokenizer=chosen.kind if chosen else _absolute(config.data.tokenizer),
     )
-    train = dataclasses.replace(
-        config.train, compile=_compile_pays(config, model, device.partition(":")[0])
-    )
-    judge = dataclasses.replace(config.eval, hellaswag=_one_absolute(config.eval.hellaswag))
-    return dataclasses.replace(
-        config, model=model, data=data, train=train, eval=judge, finetune=finetune
-    )
+    pays = _compile_pays(config, device.partition(":")[0])
+    train = dataclasses.replace(config.train, compile=pays)
+    judge = dataclasses.replace(config.eval, hellaswag=_absolute(config.eval.hellaswag))
+    return dataclasses.replace(config, data=data, train=train, eval=judge, finetune=finetune)
 
 
 def fit_vocabulary(model: ModelConfig, vocab_size: int) -> ModelConfig:
@@ -272,29 +275,19 @@ def fit_vocabulary(model: ModelConfig, vocab_size: int) -> ModelConfig:
     return dataclasses.replace(model, vocab_size=padded)
 
 
-def absolute(source: str | list[str] | None) -> str | list[str] | None:
-    """Paths made absolute, so that a run goes on from any directory; names stay names."""
+def _absolute(source: Any) -> Any:
+    """A path or several made absolute; names stay names, and null null."""
     if isinstance(source, list):
-        return [str(_one_absolute(item)) for item in source]
-    return _one_absolute(source)
-
-
-def _one_absolute(source: str | None) -> str | None:
+        return [_absolute(item) for item in source]
     if source is None or source == "-":
         return source
     is_path = Path(source).exists() or glob.has_magic(source)
     return str(Path(source).resolve()) if is_path else source
 
 
-def _tokenizer_name(data: DataConfig, tokenizer: Tokenizer | None) -> str:
-    if data.tokenizer == "auto" and tokenizer:
-        return tokenizer.kind
-    return str(Path(data.tokenizer).resolve()) if Path(data.tokenizer).exists() else data.tokenizer
-
-
-def _compile_pays(config: Config, model: ModelConfig, device: str) -> bool:
+def _compile_pays(config: Config, device: str) -> bool:
     if config.train.compile != "auto":
         return config.train.compile
-    tokens = config.train.max_steps * config.train.batch_size * model.block_size
-    seconds = 3 * flops_per_token(model) * tokens / ASSUMED_RATE.get(device, math.inf)
+    tokens = config.train.max_steps * config.train.batch_size * config.model.block_size
+    seconds = 3 * flops_per_token(config.model) * tokens / ASSUMED_RATE.get(device, math.inf)
     return seconds > COMPILE_PAYS_AFTER.get(device, math.inf)
