@@ -34,7 +34,7 @@ faults:  ## only the tests that kill runs, fill disks and flip bits, with many m
 
 bench:  ## octavo beside its peers, recorded: make bench NANOGPT=path/to/nanoGPT
 	@bash scripts/setup.sh dev
-	.venv/bin/python benchmarks/train_step.py --nanogpt "$(NANOGPT)" --record
+	.venv/bin/python benchmarks/train.py char --nanogpt "$(NANOGPT)" --record
 	.venv/bin/python benchmarks/decode.py --nanogpt "$(NANOGPT)" --record
 	.venv/bin/python benchmarks/tables.py
 

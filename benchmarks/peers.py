@@ -1,9 +1,11 @@
-"""The same weights in other hands: a model of ours as nanoGPT's and as transformers' GPT-2."""
+"""The same weights in other hands: a model of ours as nanoGPT's, litgpt's, transformers' GPT-2."""
 
 import contextlib
 import importlib.util
 import os
+import re
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,26 @@ import torch
 from torch import nn
 
 from octavo.model.gpt import GPT
+
+SHARED = {"tok_emb": "transformer.wte", "norm_f": "transformer.ln_f", "lm_head": "lm_head"}
+NANOGPT = SHARED | {
+    "pos_emb": "transformer.wpe",
+    "attn_norm": "ln_1",
+    "attn.qkv": "attn.c_attn",
+    "attn.o_proj": "attn.c_proj",
+    "mlp_norm": "ln_2",
+    "mlp.up_proj": "mlp.c_fc",
+    "mlp.down_proj": "mlp.c_proj",
+}
+LITGPT = SHARED | {
+    "attn_norm": "norm_1",
+    "attn.qkv": "attn.qkv",
+    "attn.o_proj": "attn.proj",
+    "mlp_norm": "norm_2",
+    "mlp.gate_proj": "mlp.fc_1",
+    "mlp.up_proj": "mlp.fc_2",
+    "mlp.down_proj": "mlp.proj",
+}
 
 
 def to_nanogpt(model: GPT, clone: Path) -> nn.Module:
@@ -33,39 +55,62 @@ def to_nanogpt(model: GPT, clone: Path) -> nn.Module:
                 bias=False,
             )
         )
-    theirs.load_state_dict(_nanogpt_weights(model))
+    theirs.load_state_dict(renamed(model.state_dict(), NANOGPT))
     return theirs
 
 
-def _nanogpt_weights(model: GPT) -> dict[str, torch.Tensor]:
-    ours = model.state_dict()
-    theirs = {
-        "transformer.wte.weight": ours["tok_emb.weight"],
-        "transformer.wpe.weight": ours["pos_emb.weight"],
-        "transformer.ln_f.weight": ours["norm_f.weight"],
-        "lm_head.weight": ours["lm_head.weight"],
-    }
-    names = {
-        "ln_1": "attn_norm",
-        "attn.c_proj": "attn.o_proj",
-        "ln_2": "mlp_norm",
-        "mlp.c_fc": "mlp.up_proj",
-        "mlp.c_proj": "mlp.down_proj",
-    }
-    for layer in range(model.config.n_layer):
-        block = f"blocks.{layer}"
-        qkv = [ours[f"{block}.attn.{part}_proj.weight"] for part in "qkv"]
-        theirs[f"transformer.h.{layer}.attn.c_attn.weight"] = torch.cat(qkv)
-        for name, our_name in names.items():
-            theirs[f"transformer.h.{layer}.{name}.weight"] = ours[f"{block}.{our_name}.weight"]
+def renamed(tensors: Mapping[str, torch.Tensor], names: Mapping[str, str]) -> dict[str, Any]:
+    """Our tensors, or their gradients, by another model's names; q, k and v become one matrix."""
+    theirs = {}
+    for name, tensor in tensors.items():
+        found = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+)\.weight", name)
+        assert found is not None
+        layer, module = found.groups()
+        if module == "attn.q_proj":
+            parts = [tensors[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
+            module, tensor = "attn.qkv", torch.cat(parts)
+        if module in names:
+            within = f"transformer.h.{layer}." if layer else ""
+            theirs[f"{within}{names[module]}.weight"] = tensor
     return theirs
+
+
+def to_litgpt(model: GPT) -> nn.Module:
+    """litgpt's GPT with ``model``'s weights: rotary positions, LayerNorm, a gated MLP, tied.
+
+    Its norms' biases are zero and stay so.
+    """
+    import litgpt
+
+    config = model.config
+    theirs = litgpt.GPT(
+        litgpt.Config(
+            block_size=config.block_size,
+            padded_vocab_size=config.vocab_size,
+            n_layer=config.n_layer,
+            n_head=config.n_head,
+            n_embd=config.d_model,
+            intermediate_size=config.d_ff,
+            norm_eps=config.norm_eps,
+            mlp_class_name="LLaMAMLP",
+            rotary_percentage=1.0,
+            parallel_residual=False,
+            bias=False,
+        )
+    )
+    theirs.lm_head.weight = theirs.transformer.wte.weight
+    theirs.load_state_dict(renamed(model.state_dict(), LITGPT), strict=False)
+    return _without_biases(theirs)
 
 
 def to_transformers(model: GPT) -> nn.Module:
     """A GPT2LMHeadModel with ``model``'s weights; its biases are zero and stay so."""
     from octavo.exchanging.huggingface import to_huggingface
 
-    theirs = to_huggingface(model, "GPT2LMHeadModel")
+    return _without_biases(to_huggingface(model, "GPT2LMHeadModel"))
+
+
+def _without_biases(theirs: nn.Module) -> nn.Module:
     for name, parameter in theirs.named_parameters():
         if name.endswith(".bias"):
             parameter.requires_grad_(False)

@@ -69,7 +69,7 @@ def _write_run(path: Path, config: Any, tokenizer: Any) -> None:
         for name, parameter in model.named_parameters():
             if "norm" not in name:
                 parameter.normal_(std=0.1 if "emb" in name else 0.06)
-    Run.create_with_weights(path, config, tokenizer, {}, model.state_dict())
+    Run.create(path, config, tokenizer, {}, model.state_dict())
 
 
 def _write_others(folder: Path) -> None:

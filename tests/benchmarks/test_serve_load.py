@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from serving_kit import make_run
+from run_kit import make_run
 
 from octavo.text.tokenizer import Tokenizer
 

@@ -1,0 +1,256 @@
+"""Whole optimizer steps of training: octavo beside nanoGPT, transformers and litgpt.
+
+    python benchmarks/train.py char --nanogpt CLONE --record           (or another of SHAPES)
+    python benchmarks/train.py first-step --nanogpt CLONE --rounds 3 --record
+    python benchmarks/train.py presets --record     (two tables, from the records of its shapes)
+
+At every shape all peers train one GPT-2 (without biases and dropout; AdamW, clipping at 1; eager,
+fp32) from the same weights on the same batches. litgpt has no learned positions: it trains the
+mini transformer's model (rotary positions, LayerNorm, SwiGLU), and octavo that one beside it,
+called rotary. Before anything is timed, every parameter's gradient is compared with ours, in
+nanoGPT and litgpt, and the losses of ten steps in all. A peer's share of the matrix product is how
+much of the round it would have taken at that rate, by octavo's count of a step's operations; the
+product is PyTorch's, which is not the fastest on every processor, so that it may be above 1. Its
+memory is the most that its process held above what it held before it had a model. A peer that is
+not installed is named and left out.
+
+`first-step` starts the commands that people type and waits for their first optimizer step, with
+an empty cache for compiled code and then with what is in it; nanoGPT's validates one batch before.
+"""
+
+import functools
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import record
+from first_step import first_steps
+from measure import FOREIGN_LIMIT, WITNESS, ForeignCpu, Peers, Work, measure, options
+from tables import newest
+from train_peers import (
+    SHAPES,
+    STEPS_CHECKED,
+    Shape,
+    learner,
+    litgpt,
+    model_config,
+    nanogpt,
+    octavo_work,
+    rival_work,
+    transformers,
+    writing_work,
+)
+
+LOSSES, GRADIENTS = 1e-4, 1e-5  # how far they may differ from ours, as a share of ours
+ROTARY, WRITING = "octavo, rotary", "octavo, writing"
+GPT2 = "transformers.models.gpt2.modeling_gpt2"
+PAIRS = [  # of the same mathematics
+    ("octavo", "nanoGPT"), ("octavo", "transformers"), (ROTARY, "litgpt, rotary"),
+    ("octavo, compiled", "nanoGPT, compiled"), ("octavo, compiled", "nanoGPT"),
+]  # fmt: skip
+PRESETS = ("tiny", "small", "medium", "large")
+PRESET_STEPS, PRESET_ROWS = 10_000, 32  # that its page gives times for
+
+
+def agree(seen: dict[str, Any], answers: dict[str, Any]) -> None:
+    """Keep the answers; raise unless losses and gradients are ours."""
+    for what, answer in answers.items():
+        ours = answers[ROTARY if "rotary" in what else "octavo"]["losses"]
+        for step, (loss, expected) in enumerate(zip(answer["losses"], ours, strict=False)):
+            if not math.isclose(loss, expected, rel_tol=LOSSES):
+                raise SystemExit(f"error: loss {loss} of {what} at step {step}, not {expected}")
+        if answer["gap"] > GRADIENTS:
+            raise SystemExit(f"error: a gradient of {what} is {answer['gap']:.2g} away from ours")
+    seen.update(answers)
+    first, *_, last = answers["octavo"]["losses"]
+    gap = max(answer["gap"] for answer in answers.values())
+    print(f"losses agree: {first:.4f} at first, {last:.4f} after {STEPS_CHECKED} steps")
+    print(f"gradients agree: {gap:.1e} apart at most, as a share of their norm")
+
+
+def derived(
+    shape: Shape, seen: dict[str, Any], pairs: list[tuple[str, str]], figures: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Intervals of the ratios, shares of the matrix product, and memory."""
+    from octavo.model.counts import flops_per_token
+
+    def gigaflops(rotary: bool) -> float:  # of a token, forward and backward
+        return 3 * flops_per_token(model_config(shape, rotary)) / 1e9
+
+    found = [interval(f"{a} / {b}, 95 % interval", figures[a], figures[b]) for a, b in pairs]
+    product = figures[WITNESS]
+    step = shape.rows * shape.block_size * gigaflops(False)
+    found.append(
+        row("fewest milliseconds of a step", [1e3 * step / rate for rate in product], "ms")
+    )
+    for what in (what for what, answer in seen.items() if answer["losses"]):
+        cost = gigaflops("rotary" in what)
+        shares = [rate * cost / of for rate, of in zip(figures[what], product, strict=True)]
+        found.append(row(f"{what}, share of the matrix product", shares, "×"))
+    memory = {what: answer["memory"] for what, answer in seen.items()}
+    found += [row(f"{what}, memory", [most], "MB") for what, most in memory.items()]
+    return found + [row(f"{a} / {b}, memory", [memory[a] / memory[b]], "×") for a, b in pairs]
+
+
+def row(what: str, values: list[float], unit: str) -> dict[str, Any]:
+    value = statistics.median(values)
+    return {"what": what, "value": value, "unit": unit, "low": min(values), "high": max(values)}
+
+
+def interval(what: str, ours: list[float], theirs: list[float]) -> dict[str, Any]:
+    """The geometric mean of the rounds' ratios, and where it is, by Student's t."""
+    logs = [math.log(a / b) for a, b in zip(ours, theirs, strict=True)]
+    mean, rounds = statistics.fmean(logs), len(logs)
+    reach = student(rounds - 1) * statistics.stdev(logs) / math.sqrt(rounds)
+    value, low, high = map(math.exp, (mean, mean - reach, mean + reach))
+    return {"what": what, "value": value, "unit": "×", "low": low, "high": high}
+
+
+def student(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t (Abramowitz and Stegun 26.7.5).
+
+    >>> [round(student(n), 3) for n in (9, 19, 1000)]  # in tables 2.262, 2.093, 1.962
+    [2.262, 2.093, 1.962]
+    """
+    z = statistics.NormalDist().inv_cdf(0.975)
+    terms = [
+        z,
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    ]
+    return sum(term / freedom**power for power, term in enumerate(terms))
+
+
+def contestants(asked: Any, folder: Path) -> Peers:
+    """Who takes part at a shape, by name."""
+    shape = SHAPES[asked.what]
+    ours, theirs = (functools.partial(of, shape) for of in (octavo_work, rival_work))
+    eager, compiled = (functools.partial(nanogpt, asked.nanogpt, of) for of in (False, True))
+    found: dict[str, Callable[[], Work]] = {
+        "octavo": functools.partial(ours, False),
+        "nanoGPT": functools.partial(theirs, False, "peers", eager),
+        "transformers": functools.partial(theirs, False, GPT2, transformers),
+    }
+    if asked.compiled:
+        found["octavo, compiled"] = functools.partial(ours, False, compiled=True)
+        found["nanoGPT, compiled"] = functools.partial(theirs, False, "peers", compiled)
+    if asked.litgpt or asked.what in PRESETS:
+        found[ROTARY] = functools.partial(ours, True)
+    if asked.litgpt:
+        found["litgpt, rotary"] = functools.partial(theirs, True, "litgpt", litgpt)
+    if asked.what in PRESETS:
+        found[WRITING] = functools.partial(writing_work, folder / "run")
+    chosen = asked.only.split(";") if asked.only else list(found)
+    return {name: found[name] for name in chosen}
+
+
+def at_shape(asked: Any) -> None:
+    """Time the peers at one shape."""
+    with tempfile.TemporaryDirectory() as temporary:
+        peers = contestants(asked, Path(temporary))
+        if WRITING in peers:
+            new_run(Path(temporary) / "run", SHAPES[asked.what])
+        pairs = [(a, b) for a, b in PAIRS if a in peers and b in peers]
+        seen: dict[str, Any] = {}
+        check = functools.partial(agree, seen)
+        derive = functools.partial(derived, SHAPES[asked.what], seen, pairs)
+        measure(f"train-{asked.what}", peers, check, "tokens/s", asked, pairs, derive)
+
+
+def new_run(path: Path, shape: Shape) -> None:
+    """A run of the rotary model, its weights new."""
+    from octavo.checkpoint import Run
+
+    ours, _ = learner(shape, rotary=True)
+    task = ours.task
+    weights = ours.model.state_dict()
+    Run.create(path, task.config, task.tokenizer, task.files, weights)
+
+
+def presets(asked: Any) -> None:
+    """The mini transformer's two tables, of sizes and of times, from the newest records."""
+    from octavo.model.counts import count_parameters
+
+    sizes, times, measured = [], [], {}
+    for name in PRESETS:
+        measured, shape = newest(f"train-{name}"), SHAPES[name]
+        known = {of["what"]: of for of in measured["results"]}
+        count = count_parameters(model_config(shape, rotary=True)).total
+        sizes.append(row(f"{name}: parameters", [count], ""))
+        at_once = f"{shape.rows} row" + "s" * (shape.rows > 1)
+        for what, of in ((f"training, {at_once}", ROTARY), ("writing", WRITING)):
+            sizes.append(known[of] | {"what": f"{name}: {what}"})
+            sizes.append(known[f"{of}, memory"] | {"what": f"{name}: memory of {what}"})
+        tokens = PRESET_STEPS * PRESET_ROWS * shape.block_size
+        hours = [tokens / known[ROTARY][rate] / 3600 for rate in ("low", "value", "high")]
+        times.append(row(f"{name}: {PRESET_STEPS:,} steps of {PRESET_ROWS} rows", hours, "h"))
+    facts = {name: measured[name] for name in ("versions", "rounds", "threads", "noisy")}
+    finish("presets-sizes", asked, sizes, facts)
+    finish("presets-times", asked, times, facts)
+
+
+def first_step(asked: Any) -> None:
+    """Seconds to the first step, of both commands."""
+    cpu = ForeignCpu([])
+    found = first_steps(asked.nanogpt, asked.rounds, asked.threads)
+    foreign = cpu.share()
+    print(f"foreign CPU {foreign:.1%}, at most {FOREIGN_LIMIT:.0%}")
+    noisy = foreign > FOREIGN_LIMIT
+    if noisy and not asked.allow_noise:
+        sys.exit("error: refused, the machine was not quiet; wait until it is, or --allow-noise")
+    facts = {"versions": asked.versions, "rounds": asked.rounds, "threads": asked.threads}
+    facts |= {"foreign_cpu": round(foreign, 4), "noisy": noisy}
+    finish("first-step", asked, [row(what, of, "s") for what, of in found.items()], facts)
+
+
+def finish(name: str, asked: Any, rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
+    """Print results that `measure` has no part in, and write their record where it is asked for."""
+    for of in rows:
+        value, low, high = (f"{of[key]:,.2f}" for key in ("value", "low", "high"))
+        print(f"{of['what']:44} {value:>12} {of['unit']:9} ({low} to {high})")
+    if asked.record:
+        measured = {"name": name, "machine": record.machine(), "command": record.command()}
+        print(record.write(measured | facts | {"results": rows}))
+
+
+def is_there(module: str) -> bool:
+    """Whether a peer can be imported; if not, that is said."""
+    probe = subprocess.run(
+        [sys.executable, "-c", f"import {module}"], capture_output=True, check=False
+    )
+    if probe.returncode:
+        print(f"{module} is not here: python -c 'import {module}' fails", flush=True)
+    return not probe.returncode
+
+
+def main() -> None:
+    parser = options(__doc__.splitlines()[0])
+    parser.add_argument("what", choices=[*SHAPES, "first-step", "presets"])
+    parser.add_argument("--nanogpt", type=Path, help="a clone of nanoGPT")
+    parser.add_argument("--compiled", action="store_true", help="compiled steps besides")
+    parser.add_argument("--only", help="peers by name, separated by ;")
+    asked = parser.parse_args()
+    if asked.what == "presets":
+        return presets(asked)
+    if asked.nanogpt is None:
+        parser.error("--nanogpt CLONE is needed: git clone https://github.com/karpathy/nanoGPT")
+    from peers import nanogpt_version  # not above: it imports PyTorch
+
+    asked.versions = record.versions("octavo", "torch", "transformers")
+    asked.versions["nanoGPT"] = nanogpt_version(asked.nanogpt)
+    if asked.what == "first-step":
+        return first_step(asked)
+    asked.litgpt = is_there("litgpt")
+    if asked.litgpt:
+        asked.versions |= record.versions("litgpt")
+    return at_shape(asked)
+
+
+if __name__ == "__main__":
+    main()
