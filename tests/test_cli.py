@@ -69,6 +69,12 @@ def test_train_then_generate_then_eval(run, here, capsys):
     assert figures(capsys, "eval", "runs/sea", "--perplexity", "sea.txt")["tokens"] == len(SEA) - 1
 
 
+def test_standard_input_is_a_text(folder):
+    words = ["train", "-", *SMALL, "--out", "runs/piped", "--quiet"]
+    assert octavo_in(folder, *words, input=SEA).returncode == 0
+    assert (folder / "runs" / "piped" / "input.txt").read_text(encoding="utf-8") == SEA
+
+
 def test_the_seed_projects_flags_are_understood(run, here, capsys):
     words = ["--max_tokens", "20", "--temperature=0.9", "--top_k=50", "--top_p=0.95", "--stream"]
     streamed = printed(capsys, "generate", "runs/sea", "--prompt", "She", *words)

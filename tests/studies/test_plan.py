@@ -272,6 +272,11 @@ def test_a_probe_leaves_nothing_behind_and_a_failure_is_one_line(text, tmp_path,
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_a_probe_goes_on_over_a_spike(text, tmp_path):
+    task = task_of(text, tmp_path, "train.spike_sigmas=1e-6", "train.spike_window=8")
+    assert probe(task, tmp_path, 0.5).step > 0
+
+
 def test_a_probe_is_left_out_where_it_would_take_long(monkeypatch, tmp_path, text):
     """Forty seconds a row: nobody asked for that, but whoever asks gets it."""
     asked = []

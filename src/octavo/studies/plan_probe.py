@@ -136,8 +136,12 @@ class _Rows(Batches):
         self.block_size = x.shape[1]
 
     def rows(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        index = (first + np.arange(count)) % len(self.x)
+        index = self.starts(first, count)
         return self.x[index], self.y[index]
+
+    def starts(self, first: int, count: int) -> np.ndarray:
+        """Which of them; a spike is told with it."""
+        return (first + np.arange(count)) % len(self.x)
 
 
 def _unpack(folder: Path, config: Config) -> Task:
