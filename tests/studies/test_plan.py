@@ -272,9 +272,12 @@ def test_a_probe_leaves_nothing_behind_and_a_failure_is_one_line(text, tmp_path,
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_probe_goes_on_over_a_spike(text, tmp_path):
-    task = task_of(text, tmp_path, "train.spike_sigmas=1e-6", "train.spike_window=8")
-    assert probe(task, tmp_path, 0.5).step > 0
+def test_a_spike_in_a_probe_can_be_told():
+    """Its report asks where a row begins: a probe's rows begin nowhere in the text."""
+    ids = np.arange(8).reshape(4, 2)
+    rows = plan_probe._Rows(ids, ids, None, 4)
+    assert rows.starts(3, 3).tolist() == [3, 0, 1]
+    assert rows.rows(3, 2)[0].tolist() == [[6, 7], [0, 1]]
 
 
 def test_a_probe_is_left_out_where_it_would_take_long(monkeypatch, tmp_path, text):
