@@ -86,7 +86,8 @@ def counted_flops(config: Any) -> float:
     from octavo.model.gpt import GPT
 
     # The counter knows matrix products, but not the CPU's fused attention.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         GPT(config)(torch.zeros(1, config.block_size, dtype=torch.long))
     return counter.get_total_flops() / config.block_size
 

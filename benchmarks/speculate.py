@@ -13,7 +13,7 @@ from pathlib import Path
 from measure import Work, measure, options, timed
 from record import versions
 
-TOKENS, CHECKED = 256, 8  # in a text; texts compared before
+TOKENS, CHECKED, TIMED = 256, 8, 40  # in a text; texts compared before, texts of a round
 HOWS = {"plain": "off", "its draft": None, "lookup": "lookup"}
 
 
@@ -28,7 +28,7 @@ def work(run: Path, how: str | None, preset: str, weights: str) -> Work:
         return lm.generate("The ", TOKENS, preset=preset, seed=next(seeds))
 
     texts = [write() for _ in range(CHECKED)]
-    return Work(texts, functools.partial(timed, write, TOKENS * CHECKED, CHECKED))
+    return Work(texts, functools.partial(timed, write, TOKENS * TIMED, TIMED))
 
 
 def same_texts(answers: dict[str, list[str]]) -> None:

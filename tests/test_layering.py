@@ -10,7 +10,7 @@ from command_kit import python
 SOURCE = Path(__file__).parents[1] / "src" / "octavo"
 FLOORS = {
     "errors": 0,
-    "settings": 1, "disk": 1, "tensors": 1, "manifest": 1,
+    "settings": 1, "disk": 1, "tensors": 1, "linear": 1, "manifest": 1,
     "model_config": 2,
     "config": 3,
     "model": 4, "text": 4,

@@ -81,7 +81,6 @@ class Run:
                 disk.write_synced(temp / name, data)
             if tokenizer is not None:
                 tokenizer.save(temp / "tokenizer.json")
-                disk.sync(temp / "tokenizer.json")
             if weights is not None:
                 cls(temp).save(0, weights, {}, {}, keep=1, facts=facts)
             disk.publish(temp, target)

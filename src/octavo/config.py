@@ -112,7 +112,7 @@ class TrainConfig(Group, path="train"):
     grad_checkpoint: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     loss_chunk: Whole = 0
-    """Rows of logits held at once in the cross-entropy; 0: all of them."""
+    """Rows of logits held at once in the cross-entropy; 0: all of them, in fp32 eight million."""
     dropout_final: Dropout | None = None
     """Anneal dropout linearly from model.dropout to this value; null: constant."""
     patience: Whole = 0

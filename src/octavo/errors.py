@@ -83,3 +83,8 @@ class Preempted(OctavoError):  # noqa: N818 - not a failure: the run was saved
     """The run was asked to stop, saved itself and can go on."""
 
     exit_code = 75
+
+
+def first_line(error: Exception, otherwise: str = "") -> str:
+    """What an error of somebody else's says in its first line; ``otherwise`` where it is silent."""
+    return (str(error).splitlines() or [otherwise or type(error).__name__])[0]

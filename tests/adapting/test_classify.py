@@ -13,11 +13,12 @@ from octavo.adapting.classify import (
     label_probabilities,
 )
 from octavo.errors import DataError
-from octavo.model.gpt import GPT, cross_entropy
+from octavo.model.gpt import GPT
 from octavo.model_config import ModelConfig
 from octavo.text.batches import shuffled
 from octavo.text.examples import Examples, read_examples, split_examples
 from octavo.text.tokenizer import Tokenizer
+from octavo.training.loss import cross_entropy
 
 LABELS = ["bad", "fair", "good"]
 TINY = dict(vocab_size=128, block_size=24, n_layer=2, n_head=2, d_model=32)

@@ -20,7 +20,8 @@ from octavo.adapting.lora import (
 from octavo.adapting.surgery import linear_layers, swap_linear
 from octavo.config import ModelConfig, OptimConfig
 from octavo.errors import ConfigError
-from octavo.model.gpt import GPT, cross_entropy
+from octavo.model.gpt import GPT
+from octavo.training.loss import cross_entropy
 from octavo.training.optim import build_optimizer, set_lr
 
 SMALL = dict(vocab_size=17, block_size=16, n_layer=2, n_head=4, n_kv_head=2, d_model=16, d_ff=24)

@@ -27,8 +27,9 @@ from octavo.errors import CheckpointError, ConfigError, NonFiniteError
 from octavo.generating.engine import TorchEngine
 from octavo.generating.sampling import Sampling
 from octavo.generating.writing import write
-from octavo.model.gpt import GPT, cross_entropy
+from octavo.model.gpt import GPT
 from octavo.packed import Storage, dequantize
+from octavo.training.loss import cross_entropy
 
 SMALL = dict(vocab_size=19, block_size=16, n_layer=2, n_head=2, d_model=32, d_ff=48)
 GPT2 = dict(position="learned", norm="layernorm", mlp="gelu_tanh", bias=True)

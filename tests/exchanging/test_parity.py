@@ -23,9 +23,10 @@ from octavo.exchanging.parity import (
     reader_of,
     texts_of,
 )
-from octavo.model.gpt import GPT, cross_entropy
+from octavo.model.gpt import GPT
 from octavo.model_config import ModelConfig
 from octavo.text.tokenizer import Tokenizer
+from octavo.training.loss import cross_entropy
 
 CONFIG = ModelConfig(vocab_size=31, block_size=24, n_layer=2, n_head=2, d_model=16)
 

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from octavo.errors import ConfigError
-from octavo.model.gpt import GPT, cross_entropy
+from octavo.model.gpt import GPT
 from octavo.model_config import ModelConfig, RopeScaling
+from octavo.training.loss import cross_entropy
 
 VARIANTS = [
     *(dict(position=position) for position in ("learned", "rope", "both", "none")),
@@ -182,41 +182,6 @@ def test_recomputing_activations_gives_the_same_gradients(make_model, ids, dropo
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     for name, wanted in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], wanted, atol=1e-6, rtol=1e-6)
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 44, 45, 1000])
-def test_a_loss_in_chunks_is_the_loss(make_model, ids, chunk):
-    targets = ids[:, 1:].clone()
-    targets[0, 3:9] = -100
-    targets[2] = -100
-    losses, gradients = [], []
-    for size in (0, chunk):
-        model = make_model()
-        loss = cross_entropy(model, ids[:, :-1], targets, chunk=size)
-        loss.backward()
-        losses.append(loss)
-        gradients.append({name: p.grad for name, p in model.named_parameters()})
-    logits = make_model()(ids[:, :-1]).flatten(0, 1)
-    summed = F.cross_entropy(logits, targets.flatten(), reduction="sum")
-    torch.testing.assert_close(losses[0], summed)
-    torch.testing.assert_close(losses[1], losses[0])
-    for name, wanted in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], wanted, atol=1e-5, rtol=1e-5)
-
-
-def test_a_loss_small_enough_for_paper(make_model, monkeypatch):
-    """Three tokens, three symbols: 1/2, 1/5 and 1/3 on the wanted ones, so ln(2 * 5 * 3)."""
-    model = make_model(vocab_size=3, d_model=4, n_head=2, tie_embeddings=False)
-    ln2, ln3 = math.log(2), math.log(3)
-    states = torch.tensor([[[ln2, 0, 0, 0], [0, ln3, 0, 0], [0, 0, 0, 0.0]]])
-    monkeypatch.setattr(model, "hidden", lambda idx, mask=None: states)
-    model.lm_head.weight.data = torch.eye(3, 4)
-    loss = cross_entropy(model, torch.zeros(1, 3), torch.tensor([[0, 0, 2]]))
-    assert loss.item() == pytest.approx(math.log(30))
-
-
-def test_nothing_to_predict_costs_nothing(make_model, ids):
-    assert cross_entropy(make_model(), ids, torch.full_like(ids, -100)).item() == 0
 
 
 @pytest.mark.parametrize("kind", [None, "linear", "ntk", "yarn", "llama3"])

@@ -10,12 +10,13 @@ from run_kit import LETTERS, make_run
 
 from octavo.errors import NonFiniteError
 from octavo.generating.sampling import Sampling, probabilities
+from octavo.generating.writing import STRIDE
 from octavo.language_model import load
 from octavo.serving.limits import Limits
 from octavo.serving.metrics import Metrics
 from octavo.serving.models import Served
 from octavo.serving.refusals import Refusal
-from octavo.serving.scheduler import CHUNK, WORTH, Job
+from octavo.serving.scheduler import CHUNK, TURN, WORTH, Job
 
 ENGINES = ["native", "torch"]
 SETTINGS = [
@@ -115,6 +116,27 @@ def test_prompts_are_read_in_chunks_between_others_tokens(tmp_path):
     tried(trial, path)
     chunks = [*range(CHUNK, 400, CHUNK), 400]
     assert [each for each in steps if each[0]] == [([n], n > 1, 1) for n in (1, *chunks)]
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5, 16])
+def test_many_rows_write_fewer_tokens_a_step(tmp_path, rows):
+    """TURN of them, all rows together, so that each row's next event comes soon."""
+    path = make_run(tmp_path / "run")
+    steps = []
+
+    async def trial(served):
+        step = served.scheduler.engine.step
+
+        def spy(slots, most=1):
+            steps.append((len(slots), most))
+            return step(slots, most)
+
+        served.scheduler.engine.step = spy
+        return await finish(start(served, "abc", most=100, n=rows))
+
+    tried(trial, path, slots=16)
+    assert (rows, min(STRIDE, TURN // rows)) in steps
+    assert all(most == 1 or slots * most <= TURN for slots, most in steps)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from training_kit import config_of, events
 
+from octavo import linear
 from octavo.adapting.assemble import assemble
 from octavo.adapting.lora import trainable_parameters
 from octavo.checkpoint import Run
@@ -21,7 +22,7 @@ from octavo.commands import plan as command
 from octavo.config import load_config
 from octavo.errors import DataError, OctavoError, ResourceError
 from octavo.model.counts import flops_per_token
-from octavo.model.gpt import GPT, cross_entropy
+from octavo.model.gpt import GPT
 from octavo.studies import plan as plan_module
 from octavo.studies import plan_probe
 from octavo.studies.plan import Plan, count_plan, make_plan, occasions, timed_plan
@@ -29,6 +30,7 @@ from octavo.studies.plan_probe import Probe, probe
 from octavo.studies.plan_remarks import remarks_on
 from octavo.text.batches import Batches
 from octavo.training.loop import train
+from octavo.training.loss import cross_entropy
 from octavo.training.request import finetune_request
 from octavo.training.task import Task, prepare
 
@@ -108,11 +110,12 @@ RECIPES = {
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_flops_are_pytorchs_within_two_percent(root, recipe):
+def test_flops_are_pytorchs_within_two_percent(monkeypatch, root, recipe):
     """The recipes' shapes in small, forward and backward; attention counted whole, T x T."""
     small = ["model.block_size=48", "model.n_layer=2", "model.vocab_size=211", "model.dropout=0"]
     config = load_config(root / "configs" / recipe, [*small, *RECIPES[recipe]]).model
     model, ids = GPT(config), torch.zeros(2, 48, dtype=torch.long)
+    monkeypatch.setattr(linear, "onednn_pays", lambda: False)  # whose products it does not count
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         cross_entropy(model, ids, ids).backward()
     assert 3 * flops_per_token(config) * 96 == pytest.approx(counter.get_total_flops(), rel=0.02)
@@ -206,7 +209,7 @@ def test_a_model_too_large_is_told_before_anything_is_allocated(tmp_path):
 
 
 def test_the_cheapest_settings_that_fit_are_named(monkeypatch, tmp_path):
-    """Half the memory wants smaller passes; less still wants logits in pieces, then checkpoints."""
+    """A little less memory wants smaller passes, and there is an end to what can be saved."""
     task = of_many_tokens(10**6, "train.micro_batch_size=8", "eval.windows=1")
     need = count_plan(task, CPU, tmp_path).memory
 
@@ -214,7 +217,9 @@ def test_the_cheapest_settings_that_fit_are_named(monkeypatch, tmp_path):
         monkeypatch.setattr(plan_module, "free_memory", lambda device: int(free))
         return make_plan(task, CPU, tmp_path).remarks[0]
 
-    assert "train.micro_batch_size=2 train.grad_accum=4 makes the same step" in said(need.peak / 2)
+    assert "train.micro_batch_size=2 train.grad_accum=4 makes the same step" in said(
+        0.9 * need.peak
+    )
     one = need.weights + need.gradients + need.optimizer
     assert "no setting makes it fit" in said(one / 2)
 

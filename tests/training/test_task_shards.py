@@ -20,7 +20,7 @@ from octavo.checkpoint import Run
 from octavo.config import ModelConfig, load_config
 from octavo.errors import ConfigError, DataError
 from octavo.evaluating.perplexity import score_windows
-from octavo.model.gpt import GPT, cross_entropy
+from octavo.model.gpt import GPT
 from octavo.text.batches import document_mask
 from octavo.text.corpus import read_corpus, tokenize
 from octavo.text.shards import write_manifest, write_shard
@@ -28,6 +28,7 @@ from octavo.text.tokenizer import Tokenizer
 from octavo.training.display import Display
 from octavo.training.learner import build_learner
 from octavo.training.loop import train
+from octavo.training.loss import cross_entropy
 from octavo.training.task import prepare, score_validation
 
 

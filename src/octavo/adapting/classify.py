@@ -24,8 +24,8 @@ ROWS = 64  # texts read side by side
 class Classifier(nn.Module):
     """A GPT's body under a head with one logit for each of ``labels``.
 
-    It has the parts of a GPT that a loss uses, so `model.gpt.cross_entropy` trains it on targets
-    that are -100 everywhere but at each row's last token.
+    It has the parts of a GPT that a loss uses, so `training.loss.cross_entropy` trains it on
+    targets that are -100 everywhere but at each row's last token.
     """
 
     def __init__(self, body: GPT, labels: Sequence[str]) -> None:

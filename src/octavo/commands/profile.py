@@ -120,7 +120,7 @@ def _show(found: "Profile") -> None:
         print(f"\n{len(times)} layers: {least} to {most} ms each")
     if found.operations:
         first = list(found.operations.items())[:5]
-        parts = [f"{n.removeprefix('aten::')} {s / found.seconds:.0%}" for n, s in first]
+        parts = [f"{n.split('::')[1].strip('_')} {s / found.seconds:.0%}" for n, s in first]
         print(f"operations: {', '.join(parts)}")
     busy = "a machine that was busy with something else while it was measured"
     for remark in [*[busy] * (done > machine.flops), *found.remarks]:

@@ -9,7 +9,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from octavo.errors import ConfigError, DataError, MissingExtraError, OctavoError, ResourceError
+from octavo.errors import (
+    ConfigError,
+    DataError,
+    MissingExtraError,
+    OctavoError,
+    ResourceError,
+    first_line,
+)
 from octavo.evaluating.continuations import Request, continuation_likelihoods, refuse_classifier
 from octavo.generating.engine import TorchEngine
 from octavo.generating.sampling import Sampling
@@ -55,12 +62,12 @@ def run_tasks(
         raise
     except OSError as error:  # that is what datasets and its network library raise
         raise ResourceError(
-            f"the data of {', '.join(tasks)} cannot be had: {_first_line(error)}",
+            f"the data of {', '.join(tasks)} cannot be had: {first_line(error)}",
             fix="try again with a network, or name a .yaml file with dataset_path: json",
         ) from error
     except Exception as error:  # a task is anybody's code
         raise ConfigError(
-            f"lm_eval cannot run {', '.join(tasks)}: {type(error).__name__}: {_first_line(error)}",
+            f"lm_eval cannot run {', '.join(tasks)}: {type(error).__name__}: {first_line(error)}",
             fix="--debug shows where",
         ) from error
     assert found is not None  # only other ranks than the first get nothing
@@ -163,7 +170,3 @@ def _write(
     prompts = [tokenizer.encode(context)[-kept:] or beginning for context in contexts]
     engine = TorchEngine(model, min(len(prompts), SLOTS), tokenizer.vocab_size)
     return write(engine, tokenizer, prompts, sampling, most, stops)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

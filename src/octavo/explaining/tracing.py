@@ -92,6 +92,6 @@ def attribute(events: Iterable[FunctionEvent], on_gpu: bool) -> Times:
         places[id(event)] = module, phase
         own = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         times.modules[module, phase] += own / 1e6
-        if event.name.startswith("aten::"):
+        if event.name.startswith(("aten::", "mkldnn::")):
             times.operations[event.name] += own / 1e6
     return times

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from octavo.generating.writing import Engine, Slot, window_start
+from octavo.generating.writing import Engine, Slot, common_length, window_start
 
 LENGTHS = (1, 2, 4, 8)  # of drafts; each is tried before a longer one
 HOPE, HOPE_AGAIN = 0.7, 0.5  # the agreement expected of a draft at first, and when tried again
@@ -119,7 +119,7 @@ class ModelDrafter:
         """
         new = Slot(slot.index, [], slot.n, slot.sampling, slot.prompt_length, eot=slot.eot)
         shadow, known = self.shadows.setdefault(slot.index, new), self.known.get(slot.index, 0)
-        agreed = known + _agreed(shadow.ids[known:], slot.ids[known:])
+        agreed = known + common_length(shadow.ids[known:], slot.ids[known:])
         stale = agreed < min(len(shadow.ids), len(slot.ids)) - 1
         shadow.ids = slot.ids[: agreed + (1 if stale else READ)]
         self.known[slot.index] = len(shadow.ids)
@@ -195,7 +195,7 @@ class Pace:
             return
         self.times[longest] = _average(self.times.get(longest), seconds)
         self.cost = _average(self.cost, max(seconds / token - 1, 0.01) / longest, 0.5)
-        agreed = [_agreed(draft, ids) for draft, ids in zip(drafts, drawn, strict=True)]
+        agreed = [common_length(draft, ids) for draft, ids in zip(drafts, drawn, strict=True)]
         tried = sum(
             min(n + 1, len(d), len(i)) for n, d, i in zip(agreed, drafts, drawn, strict=True)
         )
@@ -296,12 +296,6 @@ class SpeculativeEngine:
         for slot in slots:
             self.starts[slot.index] = window_start(len(slot.ids), self.block_size)
         return before != [self.starts[slot.index] for slot in slots]
-
-
-def _agreed(draft: list[int], drawn: list[int]) -> int:
-    """How many tokens of a draft were drawn."""
-    pairs = enumerate(zip(draft, drawn, strict=False))
-    return next((k for k, (a, b) in pairs if a != b), min(len(draft), len(drawn)))
 
 
 def _average(old: float | None, new: float, weight: float = 0.2) -> float:

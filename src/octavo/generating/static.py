@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from octavo.errors import first_line
 from octavo.model.attention import Attend, sdpa
 from octavo.model.gpt import GPT
 from octavo.model.kv_cache import CacheView, KVCache
@@ -99,7 +100,7 @@ def _or_plain(record: Record, step: Step) -> Step:
         recorded = record(step)
         recorded()
     except Exception as error:  # recorders and compilers fail in many ways; the step works without
-        _say(f"the step cannot be recorded ({_first_line(error)}); going on without it")
+        _say(f"the step cannot be recorded ({first_line(error)}); going on without it")
         return step
     return recorded
 
@@ -120,15 +121,11 @@ def flash_attention() -> Attend:
             try:
                 return kernel[0](*turned, dropout_p=dropout, causal=q.size(2) > 1).transpose(1, 2)
             except RuntimeError as error:
-                _say(f"flash-attn does not work here ({_first_line(error)}); PyTorch's attention")
+                _say(f"flash-attn does not work here ({first_line(error)}); PyTorch's attention")
                 kernel.clear()
         return sdpa(q, k, v, mask, dropout)
 
     return attend
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _say(text: str) -> None:

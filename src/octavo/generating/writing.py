@@ -277,3 +277,9 @@ def _check(
             f"the stop string {stops[0]!r} needs text, and this model has no tokenizer",
             fix="leave --stop out",
         )
+
+
+def common_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many ids two texts have in common at their beginning."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))

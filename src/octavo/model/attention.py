@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from octavo.linear import Linear
 from octavo.model.kv_cache import CacheView
 from octavo.model.layers import RMSNorm, rotate
 from octavo.model_config import ModelConfig
@@ -43,10 +44,10 @@ class Attention(nn.Module):
         self.dropout = config.dropout
         q_width, kv_width = config.n_head * self.head_dim, config.n_kv_head * self.head_dim
         # Separate projections: LoRA on q and k alone is then a matter of names.
-        self.q_proj = nn.Linear(config.d_model, q_width, bias=config.bias)
-        self.k_proj = nn.Linear(config.d_model, kv_width, bias=config.bias)
-        self.v_proj = nn.Linear(config.d_model, kv_width, bias=config.bias)
-        self.o_proj = nn.Linear(q_width, config.d_model, bias=config.bias)
+        self.q_proj = Linear(config.d_model, q_width, bias=config.bias)
+        self.k_proj = Linear(config.d_model, kv_width, bias=config.bias)
+        self.v_proj = Linear(config.d_model, kv_width, bias=config.bias)
+        self.o_proj = Linear(q_width, config.d_model, bias=config.bias)
         if config.qk_norm:
             self.q_norm = RMSNorm(self.head_dim, config.norm_eps)
             self.k_norm = RMSNorm(self.head_dim, config.norm_eps)

@@ -6,11 +6,11 @@ Shapes: B batch, T tokens, D model width, V vocabulary.
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from octavo.errors import ConfigError
+from octavo.linear import Linear
 from octavo.model.attention import Attend, Attention, sdpa
 from octavo.model.kv_cache import CacheView
 from octavo.model.layers import MLP, make_norm, rope_table
@@ -77,7 +77,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         post = config.norm_position == "post"  # its blocks end with a norm already
         self.norm_f = nn.Identity() if post else make_norm(config)
-        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.tok_emb.weight
         if config.uses_rope:
@@ -173,24 +173,3 @@ class GPT(nn.Module):
                 f"{length} tokens do not fit the {self.config.block_size} learned positions",
                 fix="shorten the text or train with a longer model.block_size",
             )
-
-
-def cross_entropy(
-    model: GPT, idx: Tensor, targets: Tensor, mask: Tensor | None = None, chunk: int = 0
-) -> Tensor:
-    """Summed negative log-likelihood, in nats, of ``targets`` (B, T); targets of -100 do not count.
-
-    With ``chunk`` > 0 only so many rows of logits exist at a time, in the backward pass too: the
-    largest tensor of a small GPT, (B T, V), is never whole in memory.
-    """
-    states = model.hidden(idx, mask=mask).flatten(0, 1)  # (B T, D)
-    targets = targets.flatten()
-
-    def nll(rows: Tensor, wanted: Tensor) -> Tensor:
-        return F.cross_entropy(model.lm_head(rows).float(), wanted, reduction="sum")
-
-    if not chunk or states.size(0) <= chunk:
-        return nll(states, targets)
-    pieces = zip(states.split(chunk), targets.split(chunk), strict=True)
-    losses = [checkpoint(nll, rows, wanted, use_reentrant=False) for rows, wanted in pieces]
-    return torch.stack(losses).sum()

@@ -24,7 +24,7 @@ from typing import Any
 
 from octavo.errors import ResourceError
 from octavo.generating.sampling import Sampling, top_logprobs
-from octavo.generating.writing import STRIDE, Piece, Row, Slot, window_start
+from octavo.generating.writing import STRIDE, Piece, Row, Slot, common_length, window_start
 from octavo.language_model import LanguageModel
 from octavo.serving.explanation import explain
 from octavo.serving.limits import Limits
@@ -243,7 +243,8 @@ class Scheduler:
             while self.waiting and self.free:
                 job, row = self.waiting.popleft()
                 ids = row.slot.ids
-                row.slot.index = max(self.free, key=lambda i: _common(self.left.get(i, []), ids))
+                kept = {i: common_length(self.left.get(i, []), ids) for i in self.free}
+                row.slot.index = max(kept, key=lambda i: kept[i])
                 self.free.remove(row.slot.index)
                 self.seats.append(Seat(job, row))
 
@@ -287,9 +288,9 @@ class Scheduler:
         """
         index, wanted, block_size = seat.slot.index, seat.slot.ids[:-1], self.lm.config.block_size
         holding = {other.slot.index: other.held(block_size) for other in self.seats} | self.left
-        common = {i: _common(ids, wanted) for i, ids in holding.items()}
+        common = {i: common_length(ids, wanted) for i, ids in holding.items()}
         source = max(common, key=lambda i: (common[i], i == index))
-        soon = [_common(s.slot.ids, wanted) for s in self.seats if s.begun and not s.last]
+        soon = [common_length(s.slot.ids, wanted) for s in self.seats if s.begun and not s.last]
         if max(soon, default=0) >= common[source] + WORTH:
             return False
         if common[source]:
@@ -358,9 +359,3 @@ def _failed(error: Exception) -> Refusal:
     if isinstance(error, ResourceError):
         return Refusal(503, "no_memory", str(error), Retry_After="10")
     return Refusal(500, "model_error", f"the model failed at this text: {error}")
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many ids two texts have in common at their beginning."""
-    pairs = enumerate(zip(a, b, strict=False))
-    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))

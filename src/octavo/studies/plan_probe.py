@@ -27,7 +27,7 @@ from octavo.checkpoint import Run
 from octavo.config import Config, load_config, to_yaml
 from octavo.errors import OctavoError, ResourceError
 from octavo.language_model import choose_device, load_base
-from octavo.model.gpt import GPT, cross_entropy
+from octavo.model.gpt import GPT
 from octavo.model_config import ModelConfig
 from octavo.text.batches import Batches
 from octavo.text.tokenizer import Tokenizer
@@ -35,6 +35,7 @@ from octavo.training.display import Display
 from octavo.training.hardware import peak_memory
 from octavo.training.keeper import Keeper, sample, validate
 from octavo.training.learner import build_learner, choose_precision, optimizer_step
+from octavo.training.loss import cross_entropy
 from octavo.training.memory import VALIDATED
 from octavo.training.metrics import MetricsLog
 from octavo.training.task import Task

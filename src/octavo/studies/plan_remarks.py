@@ -35,8 +35,8 @@ def _on_room(task: Task, plan: "Plan") -> Iterator[str]:
 
 def cheapest_fit(config: Config, plan: "Plan") -> str:
     """Settings that make the same step in less memory, those that cost least first."""
-    savings: list[dict[str, Any]] = [{}, {"loss_chunk": 1024}]
-    savings.append({"loss_chunk": 256, "grad_checkpoint": True})
+    savings: list[dict[str, Any]] = [{}, {"loss_chunk": 128}]
+    savings.append({"loss_chunk": 128, "grad_checkpoint": True})
     for more in savings:
         lean = dataclasses.replace(config, train=dataclasses.replace(config.train, **more))
         fitting = largest_fitting(lean, plan.conditions, plan.memory_free_bytes * ROOM)

@@ -12,7 +12,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from octavo.errors import DataError
+from octavo.errors import DataError, first_line
 from octavo.manifest import to_json
 from octavo.text.files import decode, read_bytes
 from octavo.text.tokenizer import Tokenizer
@@ -107,7 +107,7 @@ class ChatTemplate:
         except DataError:
             raise
         except Exception as error:  # a template is a program, and may fail in any way
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise DataError(f"the chat template cannot render the conversation: {reason}") from None
 
     def pieces(self, messages: Sequence[Message]) -> list[Piece]:

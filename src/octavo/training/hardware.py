@@ -13,6 +13,7 @@ import torch
 
 from octavo.adapting.classify import Classifier
 from octavo.config import Config
+from octavo.linear import product
 from octavo.model.counts import flops_per_token
 from octavo.model.gpt import GPT
 
@@ -48,7 +49,7 @@ def _measured(dtype: torch.dtype, threads: int) -> float:
     best, begun = float("inf"), time.perf_counter()
     while time.perf_counter() - begun < 0.1:
         started = time.perf_counter()
-        matrix @ matrix
+        product(matrix, matrix)
         best = min(best, time.perf_counter() - started)
     return 2 * SIDE**3 / best
 

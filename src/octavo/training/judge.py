@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from octavo.errors import ConfigError
+from octavo.errors import ConfigError, first_line
 from octavo.evaluating.hellaswag import HellaSwag, HellaSwagScore, read_items
 from octavo.reporting.report import read_metrics
 from octavo.training.learner import Learner
@@ -47,7 +47,7 @@ def judge(
     except _Stopped:
         return None
     except (MemoryError, RuntimeError) as error:  # the latter is what torch raises
-        return (str(error).splitlines() or ["out of memory"])[0]
+        return first_line(error, "out of memory")
 
 
 def was_judged(run: Path, step: int) -> bool:

@@ -14,13 +14,14 @@ from octavo import disk
 from octavo.adapting.assemble import assemble, load_trained, trained_names
 from octavo.adapting.classify import Classifier
 from octavo.checkpoint import Run
-from octavo.errors import ConfigError
+from octavo.errors import ConfigError, first_line
 from octavo.generating.sampling import splitmix64
-from octavo.model.gpt import GPT, cross_entropy
+from octavo.model.gpt import GPT
 from octavo.text.batches import document_mask
 from octavo.training import sharded
 from octavo.training.canonical import canonical_gradients, prepare_canonical
 from octavo.training.display import Display
+from octavo.training.loss import cross_entropy
 from octavo.training.metrics import layer_norms, layer_updates, weights_before
 from octavo.training.optim import (
     build_optimizer,
@@ -274,7 +275,7 @@ def _compile(learner: Learner, display: Display) -> None:
     try:
         _nll(learner, compiled, x, y).backward()
     except Exception as error:  # compilers fail in many ways, and eager training does not need one
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         display.say(f"warning: torch.compile does not work here ({reason}); going on without it")
     else:
         learner.loss = compiled

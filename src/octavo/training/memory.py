@@ -18,6 +18,7 @@ FP32 = 4  # bytes: weights, gradients, averages and everything on the residual s
 VALIDATED = 16_384  # tokens that `score_windows` takes at once
 ROOM = 0.9  # of what is free may be planned with
 MUON_COPIES = 4  # of the largest group of equal matrices, while they are made orthogonal
+LOGITS = 2**23  # that exist at once in fp32, where the configuration does not say how many rows
 BF16_KERNELS = 16_000_000  # bytes of compiled code and buffers, where a CPU multiplies bfloat16
 
 
@@ -83,8 +84,8 @@ def training_memory(config: Config, conditions: Conditions) -> Memory:
     if train.grad_checkpoint:  # of each block its input alone, and one block computed again
         activations = N * model.n_layer * FP32 * model.d_model + ends
         working += block
-    logits = _logits(config, N)
-    head = logits + (3 * embedding if train.loss_chunk else 0)  # each chunk adds its gradient
+    logits, beside = _logits(config, N, conditions)
+    head = logits + beside * embedding
     begin = activations + max(head, embedding + working) + gradients * (train.grad_accum > 1)
     end = gradients + block + ends + embedding
     validated = min(max(VALIDATED // T, 1), config.eval.windows) * T
@@ -147,10 +148,26 @@ def _working(model: ModelConfig, T: int, conditions: Conditions) -> int:
     return FP32 * (max(mlp, attention) + 2 * model.d_model)
 
 
-def _logits(config: Config, N: int) -> int:
-    """The log-softmax and two gradients, of as many rows as exist at once; chunks come again."""
-    rows, chunk = min(config.train.loss_chunk or N, N), config.train.loss_chunk
-    return (4 if chunk else 3) * FP32 * rows * config.model.vocab_size
+def rows_at_once(vocab_size: int) -> int:
+    """Rows of logits in one piece."""
+    return max(LOGITS // vocab_size, 16)
+
+
+def _logits(config: Config, N: int, conditions: Conditions) -> tuple[int, int]:
+    """The logits of as many rows as exist at once, with their copies and gradients; and how many
+    tensors as large as the head lie beside them.
+    """
+    from octavo.linear import onednn_pays
+
+    V, chunk = config.model.vocab_size, config.train.loss_chunk
+    rows = min(chunk or (N if conditions.half else rows_at_once(V)), N)
+    if rows == N:  # the log-softmax and two gradients
+        copies, beside = 3, 0
+    elif conditions.half:  # computed again, and each piece adds its gradient
+        copies, beside = 4, 3
+    else:  # the gradient, and the head turned round for both products
+        copies, beside = 2, 3 if conditions.device == "cpu" and onednn_pays() else 1
+    return copies * FP32 * rows * V, beside
 
 
 def _averages(config: Config, trainable: int) -> int:

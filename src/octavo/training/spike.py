@@ -23,6 +23,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from octavo.adapting.classify import Classifier
+from octavo.errors import first_line
 from octavo.evaluating.perplexity import token_nats
 from octavo.model.gpt import GPT
 from octavo.text.batches import Batches, shuffled
@@ -134,7 +135,7 @@ def _investigate(
             with whole.autocast(), _watched(whole.model, whole.body) as peaks:
                 return _look_at_rows(whole, reading["row"]), peaks
         except (MemoryError, RuntimeError) as error:  # the latter is what torch raises
-            return {"unknown": (str(error).splitlines() or ["out of memory"])[0]}, peaks
+            return {"unknown": first_line(error, "out of memory")}, peaks
 
     rows, peaks = by_first(learner, look)
     shortly_after = progress.step < progress.rewound_from + train.spike_window

@@ -1,0 +1,67 @@
+"""A linear layer that trains as fast on other makers' processors as on Intel's.
+
+PyTorch multiplies fp32 matrices by MKL, which keeps AVX-512 to Intel's processors. oneDNN, which
+PyTorch carries too, uses it wherever it is: the same sums at twice the rate on AMD's.
+"""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+class Linear(nn.Linear):
+    """``nn.Linear``, whose products oneDNN takes in training where that pays."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) to (..., out)."""
+        eager = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if eager and x.device.type == "cpu" and self.is_exact(x) and onednn_pays():
+            return _Product.apply(x, self.weight, self.bias)
+        return super().forward(x)
+
+    def is_exact(self, x: Tensor) -> bool:
+        """Whether the layer multiplies ``x`` in fp32, by weights that lie here as a whole."""
+        fp32 = x.dtype == self.weight.dtype == torch.float32
+        whole = type(self.weight) is nn.Parameter
+        return fp32 and whole and not torch.is_autocast_enabled(x.device.type)
+
+
+@functools.cache
+def onednn_pays() -> bool:
+    """Whether this is a processor with AVX-512 on which MKL does not use it."""
+    has_avx512 = (
+        torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    )
+    cpus = Path("/proc/cpuinfo")
+    return has_avx512 and cpus.exists() and "AuthenticAMD" in cpus.read_text(encoding="utf-8")
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x`` (..., in) times ``weight`` (out, in), in whatever order they lie."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or not onednn_pays():
+        return F.linear(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        to_x, to_weight, to_bias = ctx.needs_input_grad
+        rows = gradient.reshape(-1, gradient.size(-1))
+        return (
+            product(gradient, weight.t()) if to_x else None,
+            product(rows.t(), x.reshape(-1, x.size(-1)).t()) if to_weight else None,
+            rows.sum(0) if to_bias else None,
+        )
