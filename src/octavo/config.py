@@ -237,8 +237,10 @@ RECIPES: dict[str, dict[str, Any]] = {
         "model": {"qk_norm": True, "tie_embeddings": False, "zero_head": True},
         "optim": {
             "name": "muon",
-            "schedule": "trapezoid",
-            "cooldown": 0.5,
+            "lr": 0.015,
+            "muon_lr": 0.015,
+            "muon_momentum": 0.85,
+            "schedule": "linear",
             "min_lr_ratio": 0.0,
             "warmup": 0,
         },

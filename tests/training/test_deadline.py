@@ -22,6 +22,7 @@ SETTINGS = (
     "model.d_model=16", "train.micro_batch_size=2", "eval.every=25", "eval.windows=4",
     "log.every=1", "log.sample_tokens=5", "log.sample_every=0", "checkpoint.every=0",
     "train.max_steps=3", "train.compile=false", "recipe=modern", "train.spike_window=0",
+    "optim.schedule=trapezoid", "optim.cooldown=0.5",
 )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ Learn from a text, or go on with a run.
   octavo train shakespeare                        a corpus by name: python-docs, shakespeare
   octavo train quickstart.yaml train.max_steps=500 --out runs/short
   octavo train runs/my --resume                   go on where it was stopped
-  octavo train quickstart.yaml --budget 90s       as far as it comes in that time, and annealed
+  octavo train my.txt --budget 15m                the best model that a quarter of an hour buys
   octavo train my.txt --draft                     and a tiny model that makes it write faster
   torchrun --nproc-per-node 4 -m octavo train my.txt      on four GPUs: docs/distributed.md
 
@@ -33,7 +33,7 @@ def add_options(option: Option) -> None:
     option("--out", metavar="RUN", help="the run directory to write; default: runs/NAME")
     option("--resume", action="store_true", help="go on with the run that is there")
     option("--draft", action="store_true", help="then train a draft: it writes the same, faster")
-    option("--budget", metavar="T", help="15m, 90s, 2h: the schedule follows the clock")
+    option("--budget", metavar="T", help="15m, 90s, 2h: end by then, with the best model for it")
     option("--config", metavar="FILE", help="the same as naming CONFIG.yaml")
     option("--wandb-project", metavar="P", help="log to W&B: log.to=[wandb] log.project=P")
     option("--wandb-run-name", metavar="R", help="log.run_name=R")
@@ -42,8 +42,8 @@ def add_options(option: Option) -> None:
 
 
 def run(args: Namespace, settings: list[str]) -> None:
-    began = time.monotonic()
-    from octavo.training.display import seconds_of
+    began, source = time.monotonic(), None
+    from octavo.training.display import Display, seconds_of
     from octavo.training.draft import train_draft
     from octavo.training.loop import train
     from octavo.training.request import read_request
@@ -61,10 +61,15 @@ def run(args: Namespace, settings: list[str]) -> None:
         request = read_request([*args.words, *([args.config] if args.config else [])], settings)
         out = request.directory(args.out, args.resume)
         config = request.config
+        if args.budget and request.texts and not out.exists():
+            from octavo.studies.budget import choose
+
+            with Display(args.quiet) as display:
+                config, source = choose(config, settings, out, began, display)
     resume = args.resume or request.run is not None
     if args.draft and request.run is None:
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, draft=True))
-    result = train(config, out, resume=resume, quiet=args.quiet, began=began)
+    result = train(config, out, resume=resume, quiet=args.quiet, began=began, source=source)
     if args.draft and request.run is not None:  # a new run's is trained with it
         train_draft(result.run, quiet=args.quiet)
     if not args.quiet:

@@ -23,6 +23,7 @@ from octavo.training.keeper import Keeper, due
 from octavo.training.learner import Learner, build_learner, optimizer_step, restore
 from octavo.training.metrics import MetricsLog, last_event
 from octavo.training.parallel import Ranks, joined
+from octavo.training.source import Source
 from octavo.training.task import Task, check_resumable, check_same_text, prepare
 
 
@@ -44,10 +45,12 @@ def train(
     resume: bool = False,
     quiet: bool = False,
     began: float | None = None,
+    source: Source | None = None,
 ) -> TrainResult:
     """Train a model into the run directory ``out``; with ``resume`` go on with the run there.
 
-    ``train.budget`` counts from ``began``, a `time.monotonic`; None: from now.
+    ``train.budget`` counts from ``began``, a `time.monotonic`; None: from now. A ``source`` is a
+    new run's text, where it was read before.
 
     Ctrl-C and SIGTERM save and raise `Preempted`; a second one stops at once. Raises `ConfigError`
     where ``out`` holds a run and ``resume`` is false, `NonFiniteError` after
@@ -58,8 +61,9 @@ def train(
         device = choose_device(config.train.device)
         ranks = stack.enter_context(joined(device))
         display = stack.enter_context(Display(quiet or not ranks.leads))
-        run, task = _open(config, Path(out), resume, device.type, ranks)
-        display.say(task.data["description"])
+        run, task = _open(config, Path(out), resume, device.type, ranks, source)
+        if source is None:
+            display.say(task.data["description"])
         hellaswag = read_hellaswag(task)
         learner = build_learner(task, device, display, ranks)
         if run is None:  # only now that nothing can be wrong with what was asked for
@@ -141,21 +145,23 @@ def _is_over(learner: Learner) -> bool:
 
 
 def _open(
-    config: Config, out: Path, resume: bool, device: str, ranks: Ranks
+    config: Config, out: Path, resume: bool, device: str, ranks: Ranks, source: Source | None
 ) -> tuple[Run | None, Task]:
     """The run that is there, None for a new one, and the task as the configuration says."""
     if ranks.size > 1 and config.data.source == "-" and not disk.exists(out):
         raise ConfigError("only one process can read standard input", fix="write it to a file")
-    run, task = _found(config, out, resume, device)
+    run, task = _found(config, out, resume, device, source)
     ranks.check_equal("configuration, text and run", [str(out), task.config, task.data])
     return run, task
 
 
-def _found(config: Config, out: Path, resume: bool, device: str) -> tuple[Run | None, Task]:
+def _found(
+    config: Config, out: Path, resume: bool, device: str, source: Source | None
+) -> tuple[Run | None, Task]:
     run = Run.find(out)
     if run is None:
         refuse_occupied(out)
-        return None, prepare(config, device, out)
+        return None, prepare(config, device, out, source=source)
     if not resume:
         raise ConfigError(
             f"{out} already holds a run", fix="go on with --resume, or choose another --out"

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import octavo
@@ -27,6 +27,8 @@ class Request:
     config: Config
     name: str
     run: Path | None = None
+    texts: list[str] = field(default_factory=list)
+    """Those named where nothing else was."""
 
     def directory(self, out: str | None, resume: bool) -> Path:
         """The run directory meant: ``out``, else the run itself, else a free name under runs/."""
@@ -67,7 +69,9 @@ def read_request(words: list[str], settings: list[str]) -> Request:
     if texts:
         source: str | list[str] = texts[0] if len(texts) == 1 else texts
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=source))
-    return Request(config, recipe.stem if recipe else _name_of(texts[0]))
+    if recipe is not None:
+        return Request(config, recipe.stem)
+    return Request(config, _name_of(texts[0]), texts=texts)
 
 
 def find_recipe(name: str) -> Path:

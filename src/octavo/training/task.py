@@ -74,17 +74,23 @@ class Task:
         return evaluate_labels(model, *self.val)
 
 
-def prepare(config: Config, device: str, out: Path, tokenizer: Tokenizer | None = None) -> Task:
+def prepare(
+    config: Config,
+    device: str,
+    out: Path,
+    tokenizer: Tokenizer | None = None,
+    source: Source | None = None,
+) -> Task:
     """Read and tokenize the data and fill in what the configuration left open.
 
     ``out`` is the run directory, where text from standard input is kept, and ``tokenizer`` the
-    run's own when one is resumed. Raises `DataError` where the text is too short for the context
-    and `ConfigError` where the settings cannot go together.
+    run's own when one is resumed; a ``source`` was read before. Raises `DataError` where
+    the text is too short for the context and `ConfigError` where the settings cannot go together.
     """
     base = load_base(config.finetune) if config.finetune.base else None
     tokenizer = tokenizer or (base.tokenizer if base and base.has_tokenizer else None)
     if config.data.kind == "text":
-        task = _windows(config, read_source(config, out, tokenizer))
+        task = _windows(config, source or read_source(config, out, tokenizer))
     else:
         task = _examples(config, out, tokenizer, base)
     data = task.data | {

@@ -1,0 +1,203 @@
+"""What a time buys: the model, the batch and the length of the run of `octavo train --budget`.
+
+Trials of seconds tell how fast this machine trains models of each width. A law that was fitted to
+octavo's own runs tells what loss is to be expected of a model of N parameters after D bytes of
+text, of which U are different ones: Hoffmann et al. 2022 for N and D, Muennighoff et al. 2023 for
+what bytes are worth when they come again, and parameters beyond what U bytes can teach. The model
+with the lowest expected loss is trained.
+"""
+
+import dataclasses
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from octavo.config import KNOWN, Config, load_config
+from octavo.errors import ConfigError
+from octavo.language_model import choose_device
+from octavo.model.counts import count_parameters
+from octavo.model_config import ModelConfig
+from octavo.settings import canonical, parse_override
+from octavo.training.display import Display, clock
+from octavo.training.learner import build_learner, optimizer_step
+from octavo.training.source import Source, read_source
+from octavo.training.task import prepare
+
+LAYERS = {32: 2, 64: 3, 96: 4, 128: 4, 192: 5, 256: 6, 320: 6, 384: 6, 512: 8, 640: 10, 768: 12}
+"""How deep a model of each width is."""
+CONTEXT = 256  # tokens, where the text is long enough
+TRIAL_TOKENS, WARMING, TIMED = 2048, 2, 3  # in a step of a trial; its steps
+TRYING = 0.05  # of the time: no further trial is begun
+STEPPING = 0.93  # of what is left after the trials goes into steps
+VALIDATING, MOST_VALIDATIONS = 0.03, 10  # and so much at most into validations
+STEP = 1.4  # a step's tokens, over the square root of all there are
+MOST_TOKENS = 8192  # in one forward pass
+A, ALPHA, B, BETA = 6.0e3, 0.6, 4.8e4, 0.3  # the law's constants
+AGAIN, BEYOND = 15.4, 5.3  # how fast bytes wear out that come again, and parameters beyond enough
+DROPOUT = ((30, 0.2), (18, 0.1))  # from so much strain on
+SEEN = 100_000  # tokens whose bytes are counted
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A model that may be trained, and what is expected of it."""
+
+    words: list[str]
+    """The settings that make it."""
+    model: ModelConfig
+    speed: float
+    """Tokens a second."""
+    tokens: float
+    """How many there is time for."""
+    unique: int
+    """How many the text has."""
+    token_bytes: float
+    """Bytes that one of them stands for, on average."""
+
+    @property
+    def epochs(self) -> float:
+        """How often each token of the text is read."""
+        return self.tokens / self.unique
+
+    @property
+    def strain(self) -> float:
+        """How near it comes to knowing the text by heart: parameters a byte, times epochs."""
+        return self._parameters / (self.unique * self.token_bytes) * self.epochs
+
+    @property
+    def _parameters(self) -> int:
+        count = count_parameters(self.model)
+        return count.attention + count.mlp
+
+    @property
+    def excess(self) -> float:
+        """The expected loss less what no model gets below, in nats a byte."""
+        unique = self.unique * self.token_bytes
+        # As many parameters as would be right for the text read once.
+        enough = A * (ALPHA / BETA) ** (1 / ALPHA) * (unique / B) ** (BETA / ALPHA)
+        parameters = _worth(self._parameters, enough, BEYOND)
+        read = _worth(self.tokens * self.token_bytes, unique, AGAIN)
+        return (A / parameters) ** ALPHA + (B / read) ** BETA
+
+    def __str__(self) -> str:
+        return (
+            f"{self.model.n_layer} layers of width {self.model.d_model} "
+            f"({count_parameters(self.model).total / 1e6:.2f} M parameters): "
+            f"{self.speed:,.0f} tokens a second, {self.epochs:.1f} epochs"
+            + (f", dropout {self.model.dropout}" if self.model.dropout else "")
+        )
+
+
+def _worth(amount: float, enough: float, wear: float) -> float:
+    """Of ``amount`` what lies beyond ``enough`` counts less and less."""
+    beyond = max(amount / enough - 1, 0)
+    return min(amount, enough) + enough * wear * (1 - math.exp(-beyond / wear))
+
+
+def bytes_of_a_token(source: Source) -> float:
+    """How much text a token stands for, on average; of ids alone it is a guess."""
+    if source.tokenizer is None:
+        return 4.0
+    ids = np.asarray(source.train[:SEEN])
+    return max(float(source.tokenizer.byte_lengths()[ids].mean()), 1.0)
+
+
+def choose(
+    config: Config, settings: list[str], out: Path, began: float, display: Display
+) -> tuple[Config, Source]:
+    """The run that makes the most of ``config.train.budget`` seconds since ``began``, and its text.
+
+    ``config`` is what was wished for in so many ``settings``, which hold whatever is chosen.
+    """
+
+    def wish(words: list[str]) -> Config:
+        wished = load_config(None, ["recipe=modern", *words, *settings])
+        return dataclasses.replace(wished, data=config.data)
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "a model for a time is chosen by one process",
+            fix="name a CONFIG.yaml with --budget, or leave torchrun out",
+        )
+    device, budget = choose_device(config.train.device), config.train.budget
+    source = read_source(config, out, None)
+    display.say(f"{source.data['description']}; trying models for {clock(budget)}:")
+    known = (canonical(parse_override(word), KNOWN) for word in settings)
+    given = {name for settings_of in known for name in settings_of.get("model", {})}
+    token_bytes = bytes_of_a_token(source)
+
+    def tried(words: list[str]) -> Choice:
+        model, speed = trial(wish([*words, "train.compile=false"]), source, device)
+        left = max(began + budget - time.monotonic(), 0.0)
+        tokens = max(STEPPING * speed * left, 1.0)
+        return Choice(words, model, speed, tokens, len(source.train), token_bytes)
+
+    best: Choice | None = None
+    trying = time.monotonic()
+    for width in [0] if {"d_model", "n_layer", "n_head"} & given else LAYERS:
+        choice = tried(shape(width, len(source.val)))
+        if dropout := dropout_for(choice.strain):  # which takes time of its own
+            choice = tried([*choice.words, f"model.dropout={dropout}"])
+        display.say(f"  {choice}")
+        if best and choice.excess >= best.excess:
+            break
+        best = choice
+        if time.monotonic() - trying > TRYING * budget:
+            break
+    assert best is not None
+    display.say(f"best for the time: {best}")
+    windows = min(config.eval.windows * best.model.block_size, len(source.val))
+    return wish([*best.words, *schedule(best, budget, windows)]), source
+
+
+def shape(width: int, val_tokens: int) -> list[str]:
+    """The settings of a model of this width, 0 for the user's; with little text it sees less."""
+    context = min(CONTEXT, 2 ** int(math.log2(max(val_tokens / 4, 16))))
+    rows = max(TRIAL_TOKENS // context, 1)
+    words = [f"model.block_size={context}", f"train.micro_batch_size={rows}"]
+    if width:
+        heads = width // (32 if width < 256 else 64)
+        words += [f"model.d_model={width}", f"model.n_head={heads}"]
+        words += [f"model.n_layer={LAYERS[width]}"]
+    return words
+
+
+def dropout_for(strain: float) -> float:
+    """What keeps a model from learning its text by heart; where it need not, it only hinders."""
+    return next((rate for least, rate in DROPOUT if strain >= least), 0.0)
+
+
+def trial(config: Config, source: Source, device: torch.device) -> tuple[ModelConfig, float]:
+    """The model with its vocabulary, and the tokens a second of a few steps."""
+    learner = build_learner(
+        prepare(config, device.type, Path(), source=source), device, Display(quiet=True)
+    )
+    for _ in range(WARMING):
+        optimizer_step(learner)
+    started, tokens = time.perf_counter(), learner.progress.tokens
+    for _ in range(TIMED):
+        optimizer_step(learner)
+    speed = (learner.progress.tokens - tokens) / (time.perf_counter() - started)
+    return learner.body.config, speed
+
+
+def schedule(choice: Choice, budget: float, scored: int) -> list[str]:
+    """How large a step is, how many there are, and when ``scored`` tokens are validated on."""
+    T = choice.model.block_size
+    rows = max(round(STEP * math.sqrt(choice.tokens) / T), 1)
+    accum = math.ceil(rows * T / MOST_TOKENS)
+    micro = math.ceil(rows / accum)
+    steps = max(round(choice.tokens / (micro * accum * T)), 1)
+    often = VALIDATING * budget * 3 * choice.speed / scored  # the forward pass is a third
+    every = math.ceil(1.15 * steps / min(max(often, 1), MOST_VALIDATIONS))  # the last at the end
+    return [
+        f"train.micro_batch_size={micro}",
+        f"train.grad_accum={accum}",
+        f"train.max_steps={steps}",
+        *(f"{what}={every}" for what in ("eval.every", "checkpoint.every", "log.sample_every")),
+    ]

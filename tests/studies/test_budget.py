@@ -1,0 +1,117 @@
+"""A time is turned into a model: a law decides, the user's own settings hold, it ends in time."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from octavo.config import load_config
+from octavo.errors import ConfigError
+from octavo.model_config import ModelConfig
+from octavo.studies import budget as budget_module
+from octavo.studies.budget import Choice, choose
+from octavo.training.display import Display
+
+
+def model_of(width, layers):
+    return ModelConfig(vocab_size=65, d_model=width, n_layer=layers, n_head=2)
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog.\n" * 2000, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def tried(monkeypatch):
+    """The widths that are tried, on a machine that does a billion operations a second."""
+    widths = []
+
+    def trial(config, source, device):
+        model = ModelConfig(**{**vars(config.model), "vocab_size": source.vocab_size})
+        widths.append(model.d_model)
+        return model, 1e9 / (12 * 6 * model.n_layer * model.d_model**2)
+
+    monkeypatch.setattr(budget_module, "trial", trial)
+    return widths
+
+
+def chosen(text, budget, *settings, began=None):
+    settings = [f"train.budget={budget}", *settings]
+    source = f"data.source={json.dumps(str(text))}"
+    config = load_config(None, [*settings, source])
+    began = time.monotonic() if began is None else began
+    return choose(config, settings, text.parent / "run", began, Display(quiet=True))[0]
+
+
+def test_more_time_buys_a_larger_model_and_more_tokens(text, tried):
+    runs = [chosen(text, budget) for budget in (30, 300, 3000, 30_000)]
+    widths = [run.model.d_model for run in runs]
+    tokens = [run.train.max_steps * run.train.batch_size * run.model.block_size for run in runs]
+    assert widths == sorted(widths)
+    assert widths[0] < widths[-1]
+    assert tokens == sorted(tokens)
+
+
+def test_it_tries_one_model_more_than_the_best(text, tried):
+    best = chosen(text, 300).model.d_model
+    assert tried[-2] == best
+    assert tried == sorted(tried)
+
+
+def test_the_law_prefers_new_tokens_to_old_ones_and_large_models_to_small_ones():
+    def excess(model, tokens, unique):
+        return Choice([], model, 1.0, tokens, unique, 1.0).excess
+
+    small, large = model_of(64, 2), model_of(128, 4)
+    assert excess(small, 1e6, 10**6) < excess(small, 1e6, 10**5) < excess(small, 1e5, 10**5)
+    assert excess(large, 1e6, 10**6) < excess(small, 1e6, 10**6)
+
+
+def test_a_text_read_often_gets_dropout(tmp_path, tried):
+    """Where the model could come to know it by heart, and nowhere else."""
+    rates = []
+    for repeats in (100, 400, 200_000):
+        path = tmp_path / "text.txt"
+        path.write_text("The quick brown fox jumps over it.\n" * repeats, encoding="utf-8")
+        rates.append(chosen(path, 60).model.dropout)
+    assert rates == [0.2, 0.2, 0.0]
+    assert chosen(path, 60, "model.dropout=0.3").model.dropout == 0.3
+
+
+def test_what_the_user_sets_holds(text, tried):
+    words = ["model.n_embd=96", "model.n_layer=2", "model.n_head=3", "optim.lr=0.5"]
+    run = chosen(text, 60, *words, "train.micro_batch_size=7", "model.qk_norm=false")
+    assert tried == [96]
+    assert (run.model.n_layer, run.model.n_head, run.model.qk_norm) == (2, 3, False)
+    assert (run.optim.lr, run.optim.name, run.train.micro_batch_size) == (0.5, "muon", 7)
+
+
+def test_validations_take_little_of_the_time(text, tried):
+    run = chosen(text, 60)
+    speed = 1e9 / (12 * 6 * run.model.n_layer * run.model.d_model**2)
+    seconds = min(384 * run.model.block_size, 9000) / (3 * speed)
+    assert (run.train.max_steps // run.eval.every) * seconds <= 0.031 * 60 + seconds
+
+
+def test_it_is_not_chosen_by_many_processes_at_once(text, tried, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"CONFIG\.yaml with --budget"):
+        chosen(text, 60)
+
+
+@pytest.mark.long
+def test_the_command_ends_on_time_and_annealed(text):
+    out, began = text.parent / "run", time.monotonic()
+    words = ["train", str(text), "--budget", "15s", "--out", str(out), "log.every=1"]
+    done = subprocess.run([sys.executable, "-m", "octavo", *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - began < 30  # a slow machine is allowed much, a lost clock is not
+    assert "best for the time: " in done.stdout
+    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rates = [event["lr"] for event in map(json.loads, lines) if event["event"] == "train"]
+    assert rates[-1] < 0.1 * rates[0]
