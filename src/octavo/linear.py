@@ -17,12 +17,12 @@ from torch.autograd.function import once_differentiable
 class Linear(nn.Linear):
     """``nn.Linear``, whose products oneDNN takes in training where that pays."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # PyTorch's own name
         """(..., in) to (..., out)."""
         eager = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if eager and x.device.type == "cpu" and self.is_exact(x) and onednn_pays():
-            return _Product.apply(x, self.weight, self.bias)
-        return super().forward(x)
+        if eager and input.device.type == "cpu" and self.is_exact(input) and onednn_pays():
+            return _Product.apply(input, self.weight, self.bias)
+        return super().forward(input)
 
     def is_exact(self, x: Tensor) -> bool:
         """Whether the layer multiplies ``x`` in fp32, by weights that lie here as a whole."""
@@ -55,7 +55,8 @@ class _Product(torch.autograd.Function):
         return product(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable  # whose type has lost the names
+    # pyrefly: ignore[bad-override]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         to_x, to_weight, to_bias = ctx.needs_input_grad

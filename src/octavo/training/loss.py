@@ -67,7 +67,8 @@ class _HeadLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable  # whose type has lost the names
+    # pyrefly: ignore[bad-override]
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         to_states, to_weight = ctx.saved_tensors
         for gradient in (to_states, to_weight):
