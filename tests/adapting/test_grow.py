@@ -12,8 +12,8 @@ from octavo.adapting import grow as growing
 from octavo.adapting.grow import TOLERANCE, grow
 from octavo.adapting.lora import add_adapter
 from octavo.errors import ConfigError, ParityError
-from octavo.model.gpt import cross_entropy
 from octavo.model_config import ModelConfig, RopeScaling
+from octavo.training.loss import cross_entropy
 
 SMALL = dict(vocab_size=17, block_size=16, n_layer=2, n_head=4, d_model=16, d_ff=24)
 MODELS = {
