@@ -20,6 +20,7 @@ from octavo.adapting.lora import (
 from octavo.adapting.surgery import linear_layers, swap_linear
 from octavo.config import ModelConfig, OptimConfig
 from octavo.errors import ConfigError
+from octavo.linear import Linear
 from octavo.model.gpt import GPT
 from octavo.training.loss import cross_entropy
 from octavo.training.optim import build_optimizer, set_lr
@@ -203,7 +204,7 @@ def test_merging_keeps_the_logits_and_unmerging_gives_back_every_bit(model, ids,
     adapted, state = model(ids), copy.deepcopy(model.state_dict())
     plain = GPT(model.config)
     assert merge(model) is model
-    assert all(type(layer) is nn.Linear for _, layer in linear_layers(model))
+    assert all(type(layer) is Linear for _, layer in linear_layers(model))
     assert near(model(ids), adapted)
     plain.load_state_dict(model.state_dict())  # a plain model in every name and shape
     assert torch.equal(plain.eval()(ids), model(ids))
