@@ -3,8 +3,7 @@
 Trials of seconds tell how fast this machine trains models of each width. A law that was fitted to
 octavo's own runs tells what loss is to be expected of a model of N parameters after D bytes of
 text, of which U are different ones: Hoffmann et al. 2022 for N and D, Muennighoff et al. 2023 for
-what bytes are worth when they come again, and parameters beyond what U bytes can teach. The model
-with the lowest expected loss is trained.
+what bytes are worth when they come again. The model with the lowest expected loss is trained.
 """
 
 import dataclasses
@@ -38,7 +37,7 @@ VALIDATING, MOST_VALIDATIONS = 0.03, 10  # and so much at most into validations
 STEP = 1.4  # a step's tokens, over the square root of all there are
 MOST_TOKENS = 8192  # in one forward pass
 A, ALPHA, B, BETA = 6.0e3, 0.6, 4.8e4, 0.3  # the law's constants
-AGAIN, BEYOND = 15.4, 5.3  # how fast bytes wear out that come again, and parameters beyond enough
+AGAIN = 15.4  # epochs after which a text read once more teaches little
 DROPOUT = ((30, 0.2), (18, 0.1))  # from so much strain on
 SEEN = 100_000  # tokens whose bytes are counted
 
@@ -77,12 +76,9 @@ class Choice:
     @property
     def excess(self) -> float:
         """The expected loss less what no model gets below, in nats a byte."""
-        unique = self.unique * self.token_bytes
-        # As many parameters as would be right for the text read once.
-        enough = A * (ALPHA / BETA) ** (1 / ALPHA) * (unique / B) ** (BETA / ALPHA)
-        parameters = _worth(self._parameters, enough, BEYOND)
-        read = _worth(self.tokens * self.token_bytes, unique, AGAIN)
-        return (A / parameters) ** ALPHA + (B / read) ** BETA
+        worth = min(self.epochs, 1 + AGAIN * (1 - math.exp(-max(self.epochs - 1, 0) / AGAIN)))
+        read = self.unique * self.token_bytes * worth
+        return (A / self._parameters) ** ALPHA + (B / read) ** BETA
 
     def __str__(self) -> str:
         return (
@@ -91,12 +87,6 @@ class Choice:
             f"{self.speed:,.0f} tokens a second, {self.epochs:.1f} epochs"
             + (f", dropout {self.model.dropout}" if self.model.dropout else "")
         )
-
-
-def _worth(amount: float, enough: float, wear: float) -> float:
-    """Of ``amount`` what lies beyond ``enough`` counts less and less."""
-    beyond = max(amount / enough - 1, 0)
-    return min(amount, enough) + enough * wear * (1 - math.exp(-beyond / wear))
 
 
 def bytes_of_a_token(source: Source) -> float:
