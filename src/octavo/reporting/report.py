@@ -67,7 +67,10 @@ def read_metrics(run: Path | str) -> list[Event]:
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}", fix="give a run") from None
+        raise ConfigError(
+            f"cannot read {path}: {error.strerror}",
+            fix="give a run trained here: an imported one has no curves",
+        ) from None
     events, torn = list[Event](), 0
     for number, line in enumerate(lines, 1):
         if not line.strip(b"\0 \r"):  # zeros are what a power cut leaves
