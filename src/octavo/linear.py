@@ -1,7 +1,7 @@
 """A linear layer that trains as fast on other makers' processors as on Intel's.
 
 PyTorch multiplies fp32 matrices by MKL, which keeps AVX-512 to Intel's processors. oneDNN, which
-PyTorch carries too, uses it wherever it is: the same sums at twice the rate on AMD's.
+PyTorch carries too, uses it wherever it is: the same sums, sooner (benchmarks/train.py).
 """
 
 import functools

@@ -20,7 +20,7 @@ Learn from a text, or go on with a run.
   octavo train shakespeare                        a corpus by name: python-docs, shakespeare
   octavo train quickstart.yaml train.max_steps=500 --out runs/short
   octavo train runs/my --resume                   go on where it was stopped
-  octavo train my.txt --budget 15m                the best model that a quarter of an hour buys
+  octavo train my.txt --budget 15m                a model chosen for a quarter of an hour
   octavo train my.txt --draft                     and a tiny model that makes it write faster
   torchrun --nproc-per-node 4 -m octavo train my.txt      on four GPUs: docs/distributed.md
 
@@ -33,7 +33,7 @@ def add_options(option: Option) -> None:
     option("--out", metavar="RUN", help="the run directory to write; default: runs/NAME")
     option("--resume", action="store_true", help="go on with the run that is there")
     option("--draft", action="store_true", help="then train a draft: it writes the same, faster")
-    option("--budget", metavar="T", help="15m, 90s, 2h: end by then, with the best model for it")
+    option("--budget", metavar="T", help="15m, 90s, 2h: end by then, with a model for that time")
     option("--config", metavar="FILE", help="the same as naming CONFIG.yaml")
     option("--wandb-project", metavar="P", help="log to W&B: log.to=[wandb] log.project=P")
     option("--wandb-run-name", metavar="R", help="log.run_name=R")
