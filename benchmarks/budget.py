@@ -8,13 +8,11 @@ own model and settings. Losses are each run's last validation, over its own wind
 """
 
 import argparse
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import record
 
@@ -38,11 +36,6 @@ def run(words: list[str], minutes: float, seed: int) -> dict[str, float]:
     return found | {"time": seconds / (60 * minutes)}
 
 
-def row(what: str, values: list[float], unit: str) -> dict[str, Any]:
-    mean = statistics.mean(values)
-    return {"what": what, "value": mean, "unit": unit, "low": min(values), "high": max(values)}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", help="what the text is called in the record")
@@ -60,9 +53,10 @@ def main() -> None:
         for what, words in contestants.items():
             runs = [run([*words, *asked.words], minutes, seed) for seed in asked.seeds]
             for key, unit in (("bits", "bits a byte"), ("nats", "nats a token")):
-                results.append(row(f"{what}: loss", [r[key] for r in runs], unit))
+                results.append(record.row(f"{what}: loss", unit, *(r[key] for r in runs)))
             if what == CHOSEN:
-                results.append(row("its time, of what was allowed", [r["time"] for r in runs], "×"))
+                share = [r["time"] for r in runs]
+                results.append(record.row("its time, of what was allowed", "×", *share))
             print(f"{minutes:g} min  {what:<24} {runs}", flush=True)
         if asked.record:
             written = {"name": f"budget-{asked.name}-{minutes:g}m", "machine": record.machine()}

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from record import machine, versions, write
+from record import machine, row, versions, write
 
 import octavo
 from octavo.errors import DataError
@@ -67,7 +67,7 @@ def main() -> None:
         key=lambda event: event["step"] == result.best_step,
     )
     results = [
-        {"what": what, "value": best[name], "unit": "", "low": best[name], "high": best[name]}
+        row(what, "", best[name])
         for what, name in (("accuracy", "val_accuracy"), ("macro-F1", "val_macro_f1"))
     ]
     print(json.dumps(results))

@@ -7,9 +7,8 @@ python benchmarks/final_loss.py nanogpt-char runs/1 runs/2 runs/3 --record
 import argparse
 import statistics
 from pathlib import Path
-from typing import Any
 
-from record import machine, versions, write
+from record import machine, row, versions, write
 
 from octavo.reporting.report import read_metrics
 
@@ -34,12 +33,9 @@ def main() -> None:
     if len({text for _, _, text in reached}) > 1:
         raise SystemExit("the runs learned from different texts")
     losses = [loss for _, loss, _ in reached]
-    results: list[dict[str, Any]] = [
-        {"what": f"seed {seed}", "value": loss, "unit": "nats a token", "low": loss, "high": loss}
-        for seed, loss, _ in reached
-    ]
-    mean = {"what": "mean", "value": statistics.mean(losses), "unit": "nats a token"}
-    results.append(mean | {"low": min(losses), "high": max(losses)})
+    results = [row(f"seed {seed}", "nats a token", loss) for seed, loss, _ in reached]
+    mean = row("mean", "nats a token", *losses) | {"value": statistics.mean(losses)}
+    results.append(mean)
     for result in results:
         print(f"{result['what']:<10} {result['value']:.4f} {result['unit']}")
     if args.record:

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from record import machine, versions, write
+from record import machine, row, versions, write
 
 from octavo.adapting.lora import trainable_parameters
 from octavo.language_model import load
@@ -88,10 +88,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         figures = journey(args.run, args.text, Path(folder), args.steps, args.llama)
-    results = [
-        {"what": what, "value": value, "unit": "", "low": value, "high": value}
-        for what, value in figures.items()
-    ]
+    results = [row(what, "", value) for what, value in figures.items()]
     for what, value in figures.items():
         print(f"{what:<50} {value:.6g}")
     if args.record:

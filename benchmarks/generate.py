@@ -10,7 +10,6 @@ bandwidth limit is a plain read of as many bytes as a token needs, by as many th
 """
 
 import functools
-import statistics
 import subprocess
 import sys
 import time
@@ -20,11 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import kernels
+import record
 import write_peers
-from measure import Peers, Work, measure, options, timed
-from record import command as typed
-from record import machine, versions
-from record import write as write_record
+from measure import Peers, Work, finish, measure, options, timed
 
 WORKLOADS = {  # rows, prompt, new tokens
     "decode": (1, 16, 48),
@@ -99,15 +96,7 @@ def shares(folder: Path, figures: dict[str, list[float]]) -> list[dict[str, Any]
         scale = reads["fp32"] / reads[precision]
         pairs = zip(figures[f"octavo {precision}"], figures[LIMIT], strict=True)
         ratios = [rate / (limit * scale) for rate, limit in pairs]
-        found.append(
-            {
-                "what": f"octavo {precision}, share of its bandwidth limit",
-                "value": statistics.median(ratios),
-                "unit": "×",
-                "low": min(ratios),
-                "high": max(ratios),
-            }
-        )
+        found.append(record.row(f"octavo {precision}, share of its bandwidth limit", "×", *ratios))
     return found
 
 
@@ -145,10 +134,13 @@ def resources(folder: Path, asked: Any, peers: Peers) -> None:
             tries.append([float(word) for word in done.stdout.split()[-3:]])
         units = (("load", "s"), ("first token", "s"), ("resident memory", "MB"))
         for (quantity, unit), values in zip(units, zip(*tries, strict=True), strict=True):
-            row = {"what": f"{what}, {quantity}", "value": statistics.median(values), "unit": unit}
-            rows.append(row | {"low": min(values), "high": max(values)})
-            print(f"{row['what']:50} {row['value']:9.2f} {unit}")
-    finish(f"generate-{asked.shape}-resources", asked, rows, rounds=3)
+            rows.append(record.row(f"{what}, {quantity}", unit, *values))
+    finish(f"generate-{asked.shape}-resources", asked, rows, facts(asked, 3))
+
+
+def facts(asked: Any, rounds: int) -> dict[str, Any]:
+    """What a record says besides, of what `measure` has no part in."""
+    return {"versions": asked.versions, "rounds": rounds, "threads": asked.threads}
 
 
 def cache(folder: Path, asked: Any) -> None:
@@ -177,18 +169,8 @@ def cache(folder: Path, asked: Any) -> None:
                 seconds.append(time.perf_counter() - started)
             ratios.append(seconds[1] / seconds[0])
         what = f"{length} tokens, without over with the cache"
-        row = {"what": what, "value": statistics.median(ratios), "unit": "×"}
-        rows.append(row | {"low": min(ratios), "high": max(ratios)})
-        print(f"{what:50} {row['value']:.2f} ×")
-    finish(f"generate-{asked.shape}-cache", asked, rows, rounds=3)
-
-
-def finish(name: str, asked: Any, rows: list[dict[str, Any]], rounds: int) -> None:
-    """Write the record where it is asked for."""
-    if asked.record:
-        measured = {"name": name, "machine": machine(), "versions": asked.versions}
-        measured |= {"command": typed(), "rounds": rounds, "threads": asked.threads}
-        print(write_record(measured | {"results": rows}))
+        rows.append(record.row(what, "×", *ratios))
+    finish(f"generate-{asked.shape}-cache", asked, rows, facts(asked, 3))
 
 
 def makers(nanogpt: Path | None) -> dict[str, Callable[..., write_peers.Writer]]:
@@ -210,7 +192,7 @@ def main() -> None:
     folder = asked.work / asked.shape
     write_peers.prepare(folder, asked.shape)
     packages = ("octavo", "torch", "transformers", "llama-cpp-python", "ctranslate2")
-    asked.versions = versions(*packages)
+    asked.versions = record.versions(*packages)
     chosen = makers(asked.nanogpt)
     if asked.only:
         chosen = {name: chosen[name] for name in asked.only.split(";")}

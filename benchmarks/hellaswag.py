@@ -174,10 +174,7 @@ def record_equality(peers: dict[str, Callable[[], Work]], asked: Any) -> None:
     """Ask all once."""
     answers = {what: make().answer for what, make in peers.items()}
     equal_items(answers)
-    results = [
-        {"what": what, "value": value, "unit": "", "low": value, "high": value}
-        for what, value in agreement(answers).items()
-    ]
+    results = [record.row(what, "", value) for what, value in agreement(answers).items()]
     if asked.record:
         facts = {"name": "hellaswag-equality", "machine": record.machine(), "rounds": 1}
         facts |= {"versions": asked.versions, "command": record.command(), "results": results}

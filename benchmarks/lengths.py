@@ -10,21 +10,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from record import machine, versions, write
+from record import machine, row, versions, write
 
 
 def results(found: dict[str, Any]) -> list[dict[str, Any]]:
     """One perplexity for each way of stretching and each length of context."""
     return [
-        {
-            "what": f"{way}, context {length}",
-            "value": value,
-            "unit": "",
-            "low": value,
-            "high": value,
-        }
-        for way, row in found["perplexity"].items()
-        for length, value in row.items()
+        row(f"{way}, context {length}", "", value)
+        for way, by_length in found["perplexity"].items()
+        for length, value in by_length.items()
     ]
 
 
@@ -35,8 +29,8 @@ def main() -> None:
     args = parser.parse_args()
     words = [sys.executable, "-m", "octavo", "eval", str(args.run), "--lengths", "--json"]
     found = json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
-    for row in results(found):
-        print(f"{row['what']:<32} {row['value']:.4g}")
+    for result in results(found):
+        print(f"{result['what']:<32} {result['value']:.4g}")
     if args.record:
         record = {"name": f"lengths-{args.run.name}", "machine": machine(), "rounds": 1}
         record |= {"versions": versions("octavo", "torch"), "tokens": found["tokens"]}

@@ -10,6 +10,7 @@ other processes took more than 3 % of the CPU, or when twice as many rounds leav
 import argparse
 import contextlib
 import functools
+import math
 import multiprocessing
 import os
 import statistics
@@ -99,8 +100,7 @@ def measure(
         "results": results(figures, list(peers), unit, pairs) + (derive(figures) if derive else []),
     }
     show(measured)
-    if measured["noisy"] and not asked.allow_noise:
-        sys.exit("error: refused, the machine was not quiet; wait until it is, or --allow-noise")
+    refuse(measured, asked)
     if asked.record:
         print(record.write(measured))
 
@@ -195,23 +195,71 @@ def results(
     for one, other in pairs or [(peers[0], other) for other in peers[1:]]:
         both = zip(figures[one], figures[other], strict=True)
         rows.append((f"{one} / {other}", [a / b for a, b in both], "×"))
-    return [
-        {
-            "what": what,
-            "value": statistics.median(of),
-            "unit": unit,
-            "low": min(of),
-            "high": max(of),
-        }
-        for what, of, unit in rows
+    return [record.row(what, unit, *of) for what, of, unit in rows]
+
+
+def interval(what: str, ours: list[float], theirs: list[float]) -> dict[str, Any]:
+    """The geometric mean of the rounds' ratios, and where it is, by Student's t."""
+    logs = [math.log(a / b) for a, b in zip(ours, theirs, strict=True)]
+    mean, rounds = statistics.fmean(logs), len(logs)
+    reach = student(rounds - 1) * statistics.stdev(logs) / math.sqrt(rounds)
+    value, low, high = map(math.exp, (mean, mean - reach, mean + reach))
+    return {"what": what, "value": value, "unit": "×", "low": low, "high": high}
+
+
+def student(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t (Abramowitz and Stegun 26.7.5).
+
+    >>> [round(student(n), 3) for n in (9, 19, 1000)]  # in tables 2.262, 2.093, 1.962
+    [2.262, 2.093, 1.962]
+    """
+    z = statistics.NormalDist().inv_cdf(0.975)
+    terms = [
+        z,
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
     ]
+    return sum(term / freedom**power for power, term in enumerate(terms))
 
 
 def show(measured: dict[str, Any]) -> None:
     """Print a record for people."""
     print(f"{measured['machine']}, {measured['threads']} threads, {measured['rounds']} rounds")
-    for row in measured["results"]:
-        value, low, high = (f"{row[name]:,.2f}" for name in ("value", "low", "high"))
-        print(f"{row['what']:40} {value:>12} {row['unit']:9} ({low} to {high})")
+    show_rows(measured["results"])
     print(f"foreign CPU {measured['foreign_cpu']:.1%}, at most {FOREIGN_LIMIT:.0%}")
     print(f"rounds set aside because the machine was slow in them: {measured['set_aside']}")
+
+
+def finish(
+    name: str,
+    asked: Any,
+    rows: list[dict[str, Any]],
+    facts: dict[str, Any],
+    foreign: float | None = None,
+) -> None:
+    """Print results that `measure` has no part in, and write their record where it is asked for.
+
+    Exits with 1 where others took too much of the CPU, if a share of theirs is given.
+    """
+    show_rows(rows)
+    measured = {"name": name, "machine": record.machine(), "command": record.command(), **facts}
+    if foreign is not None:
+        print(f"foreign CPU {foreign:.1%}, at most {FOREIGN_LIMIT:.0%}")
+        measured |= {"foreign_cpu": round(foreign, 4), "noisy": foreign > FOREIGN_LIMIT}
+        refuse(measured, asked)
+    if asked.record:
+        print(record.write(measured | {"results": rows}))
+
+
+def refuse(measured: dict[str, Any], asked: Any) -> None:
+    """Exit with 1 where the result is noisy, unless that was allowed."""
+    if measured["noisy"] and not asked.allow_noise:
+        sys.exit("error: refused, the machine was not quiet; wait until it is, or --allow-noise")
+
+
+def show_rows(rows: list[dict[str, Any]]) -> None:
+    """Print results for people."""
+    for row in rows:
+        value, low, high = (f"{row[name]:,.2f}" for name in ("value", "low", "high"))
+        print(f"{row['what']:44} {value:>12} {row['unit']:9} ({low} to {high})")

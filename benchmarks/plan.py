@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from measure import FOREIGN_LIMIT, ForeignCpu
-from record import command, machine, versions, write
+import record
+from measure import ForeignCpu, finish
 
 SHARED = [
     "data.source=python-docs",
@@ -107,29 +107,10 @@ def main() -> None:
                 for what, ratio in ratios([*SHARED, *settings], Path(folder)).items():
                     found.setdefault(f"{what}: {name}", []).append(ratio)
         print(f"round {number + 1} of {args.rounds}", file=sys.stderr)
-    foreign = cpu.share()
     in_order = sorted(found, key=lambda row: WHAT.index(row.partition(":")[0]))
-    results = [
-        {
-            "what": row,
-            "value": statistics.median(found[row]),
-            "unit": "×",
-            "low": min(found[row]),
-            "high": max(found[row]),
-        }
-        for row in in_order
-    ]
-    for result in results:
-        value, low, high = (f"{result[name]:.3f}" for name in ("value", "low", "high"))
-        print(f"{result['what']:60} {value} × ({low} to {high})")
-    print(f"foreign CPU {foreign:.1%}, at most {FOREIGN_LIMIT:.0%}")
-    noisy = foreign > FOREIGN_LIMIT
-    if noisy and not args.allow_noise:
-        sys.exit("error: refused, the machine was not quiet; wait until it is, or --allow-noise")
-    if args.record:
-        record = {"name": "plan", "machine": machine(), "versions": versions("octavo", "torch")}
-        record |= {"command": command(), "rounds": args.rounds, "foreign_cpu": round(foreign, 4)}
-        print(write(record | {"noisy": noisy, "results": results}).name)
+    results = [record.row(row, "×", *found[row]) for row in in_order]
+    facts = {"versions": record.versions("octavo", "torch"), "rounds": args.rounds}
+    finish("plan", args, results, facts, cpu.share())
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from record import machine, versions, write
+from record import machine, row, versions, write
 
 PRECISIONS = ("fp16", "int8", "int4", "auto")
 
@@ -30,10 +30,7 @@ def results(precision: str, found: dict[str, Any]) -> list[dict[str, Any]]:
         "divergence": (found["kl_nats_per_token"], "nats a token"),
         "times smaller": (found["times_smaller"], "×"),
     }
-    return [
-        {"what": f"{precision}: {what}", "value": value, "unit": unit, "low": value, "high": value}
-        for what, (value, unit) in values.items()
-    ]
+    return [row(f"{precision}: {what}", unit, value) for what, (value, unit) in values.items()]
 
 
 def main() -> None:
@@ -46,8 +43,8 @@ def main() -> None:
         run = Path(shutil.copytree(args.run, Path(folder) / args.run.name))
         for precision in PRECISIONS:
             rows += results(precision, packed(run, precision))
-    for row in rows:
-        print(f"{row['what']:<36} {row['value']:.6g} {row['unit']}")
+    for each in rows:
+        print(f"{each['what']:<36} {each['value']:.6g} {each['unit']}")
     if args.record:
         record = {"name": f"quantize-{args.run.name}", "machine": machine(), "rounds": 1}
         record |= {"versions": versions("octavo", "torch")}

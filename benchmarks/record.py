@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,12 @@ def command() -> str:
     """What was typed, without the paths of this machine."""
     words = [re.sub(r"[^=]*[/\\\\].*", "PATH", word) for word in sys.argv[1:]]
     return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
+
+
+def row(what: str, unit: str, *values: float) -> dict[str, Any]:
+    """One result: the median of its values, and the range they have."""
+    middle = statistics.median(values)
+    return {"what": what, "value": middle, "unit": unit, "low": min(values), "high": max(values)}
 
 
 def write(record: dict[str, Any]) -> Path:

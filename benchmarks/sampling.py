@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from measure import Work, measure, options, timed
-from record import versions
+from record import row, versions
 
 SOURCE = Path(__file__).with_name("sampling.cpp")
 VOCABULARY, DRAWS = 50257, 50
@@ -82,14 +82,11 @@ def transformers_work(spread: float) -> Work:
 
 def milliseconds(figures: dict[str, list[float]]) -> list[dict[str, Any]]:
     """What a token takes, by each."""
-    found = []
-    for what, rates in figures.items():
-        if what.startswith(tuple(LOGITS)):
-            times = sorted(1e3 / rate for rate in rates)
-            middle = times[len(times) // 2]
-            found.append({"what": f"{what}: a token", "value": middle, "unit": "ms"})
-            found[-1] |= {"low": times[0], "high": times[-1]}
-    return found
+    return [
+        row(f"{what}: a token", "ms", *(1e3 / rate for rate in rates))
+        for what, rates in figures.items()
+        if what.startswith(tuple(LOGITS))
+    ]
 
 
 def nothing(answers: dict[str, Any]) -> None:

@@ -90,17 +90,11 @@ def measured(recipe: str, rows: int | None, rounds: int, folder: Path) -> list[d
     least = [19 * number * save / total for save in saves]  # 5 % of saving to 95 % of steps
     part = f", {config.train.batch_size} of its {full.train.batch_size} rows measured"
     return [
-        row(f"one step on {device.type}{part if rows else ''}", steps, "s"),
-        row(f"one save, {size / 1e6:,.0f} MB", saves, "s"),
-        row(f"{number} saves in {total:,} steps, of the wall-clock", shares, "%"),
-        row("they stay below 5 % while a step takes at least", least, "s"),
+        record.row(f"one step on {device.type}{part if rows else ''}", "s", *steps),
+        record.row(f"one save, {size / 1e6:,.0f} MB", "s", *saves),
+        record.row(f"{number} saves in {total:,} steps, of the wall-clock", "%", *shares),
+        record.row("they stay below 5 % while a step takes at least", "s", *least),
     ]
-
-
-def row(what: str, values: list[float], unit: str) -> dict[str, Any]:
-    """One row of the record; the first of the shares is that of the medians."""
-    value = values[0] if unit == "%" else statistics.median(values)
-    return {"what": what, "value": value, "unit": unit, "low": min(values), "high": max(values)}
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ from typing import Any
 
 import record
 import write_peers
-from measure import FEWEST_ROUNDS, FOREIGN_LIMIT, ForeignCpu, options
+from measure import FEWEST_ROUNDS, ForeignCpu, finish, options
 
 PROMPTS = ("The ", "A class is ", "When ", "If the value", "This module ", "See also ", "In ")
 STREAMS = (1, 8, 32)
@@ -296,8 +296,7 @@ def throughput(asked: Any) -> list[dict[str, Any]]:
     for (what, streams), rates in sorted(figures.items(), key=lambda item: item[0][1]):
         if (what, streams) in failed:
             continue
-        found = row(f"{what}, {streams} streams", statistics.median(rates), "tok/s")
-        rows.append(found | {"low": min(rates), "high": max(rates)})
+        rows.append(record.row(f"{what}, {streams} streams", "tok/s", *rates))
     return rows
 
 
@@ -372,25 +371,12 @@ def main() -> None:
         sys.exit("error: name the run, or for throughput --work DIR")
     asked.foreign = None
     rows = {"load": load, "leave": leave, "throughput": throughput}[asked.what](asked)
-    for each in rows:
-        print(f"{each['what']:50} {each['value']:>12,.2f} {each['unit']}")
-    if asked.foreign is not None:
-        print(f"foreign CPU {asked.foreign:.1%}, at most {FOREIGN_LIMIT:.0%}")
-        if asked.foreign > FOREIGN_LIMIT and not asked.allow_noise:
-            sys.exit("error: refused, the machine was not quiet; wait, or --allow-noise")
-    if asked.record:
-        measured = {
-            "name": f"serve-{asked.what}",
-            "machine": record.machine(),
-            "versions": record.versions("octavo", "torch", "uvicorn", "fastapi"),
-            "command": record.command(),
-            "rounds": asked.rounds if asked.what == "throughput" else 1,
-            "threads": asked.threads,
-        }
-        if asked.foreign is not None:
-            measured |= {"foreign_cpu": round(asked.foreign, 4)}
-            measured |= {"noisy": asked.foreign > FOREIGN_LIMIT}
-        print(record.write(measured | {"results": rows}))
+    facts = {
+        "versions": record.versions("octavo", "torch", "uvicorn", "fastapi"),
+        "rounds": asked.rounds if asked.what == "throughput" else 1,
+        "threads": asked.threads,
+    }
+    finish(f"serve-{asked.what}", asked, rows, facts, asked.foreign)
 
 
 if __name__ == "__main__":

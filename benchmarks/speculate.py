@@ -4,52 +4,68 @@
     python benchmarks/speculate.py runs/my --preset nucleus --record
 
 The run's own draft, and what followed the last tokens where they stood before (lookup), against
-plain decoding on the same engine. All must write the same characters before anything is timed.
+plain decoding on the same engine, and plain decoding against itself: that ratio is what the
+measure is worth. All are in one process and write text after text by turns, since processes beside
+each other differ by a tenth with nothing changed; each round opens them anew, so that where their
+memory happens to lie is part of the noise. All must write the same characters.
 """
 
 import functools
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
-from measure import Work, measure, options, timed
-from record import versions
+import record
+from measure import ForeignCpu, finish, interval, options
 
-TOKENS, CHECKED, TIMED = 256, 8, 40  # in a text; texts compared before, texts of a round
-HOWS = {"plain": "off", "its draft": None, "lookup": "lookup"}
+TOKENS, TEXTS = 256, 16  # in a text; texts of a round, after one to warm up
+PLAIN = "plain"
+HOWS = {PLAIN: "off", "plain again": "off", "its draft": None, "lookup": "lookup"}
 
 
-def work(run: Path, how: str | None, preset: str, weights: str) -> Work:
-    """A model that writes one text more each round."""
+def one_round(number: int, asked: Any) -> dict[str, float]:
+    """Tokens a second of each way."""
     import octavo
 
-    lm = octavo.load(run, speculate=how, weights=weights or None)
-    seeds = iter(range(10**6))
+    shift = number % len(HOWS)
+    order = [*HOWS, *HOWS][shift : shift + len(HOWS)]
+    weights = asked.weights or None
+    ways = {w: octavo.load(asked.run, speculate=HOWS[w], weights=weights) for w in order}
+    seconds = dict.fromkeys(order, 0.0)
+    for seed in range(TEXTS + 1):
+        texts = {}
+        for what in order if seed % 2 else reversed(order):
+            started = time.perf_counter()
+            texts[what] = ways[what].generate("The ", TOKENS, preset=asked.preset, seed=seed)
+            seconds[what] += (time.perf_counter() - started) * bool(seed)
+        for what, text in texts.items():
+            if text != texts[PLAIN]:
+                sys.exit(f"error: {what} writes something else with seed {seed}")
+    return {what: TOKENS * TEXTS / seconds[what] for what in HOWS}
 
-    def write() -> str:
-        return lm.generate("The ", TOKENS, preset=preset, seed=next(seeds))
 
-    texts = [write() for _ in range(CHECKED)]
-    return Work(texts, functools.partial(timed, write, TOKENS * TIMED, TIMED))
-
-
-def same_texts(answers: dict[str, list[str]]) -> None:
-    """Raise unless all wrote the same."""
-    for what, texts in answers.items():
-        if texts != answers["plain"]:
-            raise SystemExit(f"error: {what} writes something else")
-    print(f"{CHECKED} texts of {TOKENS} tokens are the same")
-
-
-if __name__ == "__main__":
-    parser = options("speculative decoding beside plain")
+def main() -> None:
+    parser = options(__doc__.splitlines()[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("--preset", default="nucleus")
     parser.add_argument("--weights", default="", help="packed weights, for all")
     asked = parser.parse_args()
-    asked.versions = versions("octavo", "torch")
-    peers = {
-        what: functools.partial(work, asked.run, how, asked.preset, asked.weights)
-        for what, how in HOWS.items()
-    }
-    pairs = [(what, "plain") for what in HOWS if what != "plain"]
-    name = f"speculate-{asked.run.name}-{asked.preset}"
-    measure(name, peers, same_texts, "tokens/s", asked, pairs)
+    cpu = ForeignCpu([])
+    rates: dict[str, list[float]] = {what: [] for what in HOWS}
+    for number in range(asked.rounds):
+        for what, rate in one_round(number, asked).items():
+            rates[what].append(rate)
+        print(f"round {number + 1} of {asked.rounds}", file=sys.stderr)
+    rows = [record.row(what, "tokens/s", *of) for what, of in rates.items()]
+    ratio = functools.partial(interval, theirs=rates[PLAIN])
+    rows += [
+        ratio(f"{what} / {PLAIN}, 95 % interval", of) for what, of in rates.items() if what != PLAIN
+    ]
+    facts = {"versions": record.versions("octavo", "torch"), "rounds": asked.rounds}
+    facts |= {"threads": asked.threads}
+    finish(f"speculate-{asked.run.name}-{asked.preset}", asked, rows, facts, cpu.share())
+
+
+if __name__ == "__main__":
+    main()

@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -140,8 +141,7 @@ def results(runs: dict[str, list[dict[str, float]]]) -> list[dict[str, Any]]:
     ratio = [ours["seconds"] / theirs["seconds"] for ours, theirs in pairs]
     columns.append(("seconds, octavo / nanoGPT", ratio, "×"))
     return [
-        {"what": what, "value": sum(of) / len(of), "unit": unit, "low": min(of), "high": max(of)}
-        for what, of, unit in columns
+        record.row(what, unit, *of) | {"value": statistics.mean(of)} for what, of, unit in columns
     ]
 
 

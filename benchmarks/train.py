@@ -20,7 +20,6 @@ an empty cache for compiled code and then with what is in it; nanoGPT's validate
 
 import functools
 import math
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -30,7 +29,8 @@ from typing import Any
 
 import record
 from first_step import first_steps
-from measure import FOREIGN_LIMIT, WITNESS, ForeignCpu, Peers, Work, measure, options
+from measure import WITNESS, ForeignCpu, Peers, Work, finish, interval, measure, options
+from record import row
 from tables import newest
 from train_peers import (
     SHAPES,
@@ -86,45 +86,15 @@ def derived(
     product = figures[WITNESS]
     step = shape.rows * shape.block_size * gigaflops(False)
     found.append(
-        row("fewest milliseconds of a step", [1e3 * step / rate for rate in product], "ms")
+        row("fewest milliseconds of a step", "ms", *(1e3 * step / rate for rate in product))
     )
     for what in (what for what, answer in seen.items() if answer["losses"]):
         cost = gigaflops("rotary" in what)
         shares = [rate * cost / of for rate, of in zip(figures[what], product, strict=True)]
-        found.append(row(f"{what}, share of the matrix product", shares, "×"))
+        found.append(row(f"{what}, share of the matrix product", "×", *shares))
     memory = {what: answer["memory"] for what, answer in seen.items()}
-    found += [row(f"{what}, memory", [most], "MB") for what, most in memory.items()]
-    return found + [row(f"{a} / {b}, memory", [memory[a] / memory[b]], "×") for a, b in pairs]
-
-
-def row(what: str, values: list[float], unit: str) -> dict[str, Any]:
-    value = statistics.median(values)
-    return {"what": what, "value": value, "unit": unit, "low": min(values), "high": max(values)}
-
-
-def interval(what: str, ours: list[float], theirs: list[float]) -> dict[str, Any]:
-    """The geometric mean of the rounds' ratios, and where it is, by Student's t."""
-    logs = [math.log(a / b) for a, b in zip(ours, theirs, strict=True)]
-    mean, rounds = statistics.fmean(logs), len(logs)
-    reach = student(rounds - 1) * statistics.stdev(logs) / math.sqrt(rounds)
-    value, low, high = map(math.exp, (mean, mean - reach, mean + reach))
-    return {"what": what, "value": value, "unit": "×", "low": low, "high": high}
-
-
-def student(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t (Abramowitz and Stegun 26.7.5).
-
-    >>> [round(student(n), 3) for n in (9, 19, 1000)]  # in tables 2.262, 2.093, 1.962
-    [2.262, 2.093, 1.962]
-    """
-    z = statistics.NormalDist().inv_cdf(0.975)
-    terms = [
-        z,
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    ]
-    return sum(term / freedom**power for power, term in enumerate(terms))
+    found += [row(f"{what}, memory", "MB", most) for what, most in memory.items()]
+    return found + [row(f"{a} / {b}, memory", "×", memory[a] / memory[b]) for a, b in pairs]
 
 
 def contestants(asked: Any, folder: Path) -> Peers:
@@ -182,14 +152,14 @@ def presets(asked: Any) -> None:
         measured, shape = newest(f"train-{name}"), SHAPES[name]
         known = {of["what"]: of for of in measured["results"]}
         count = count_parameters(model_config(shape, rotary=True)).total
-        sizes.append(row(f"{name}: parameters", [count], ""))
+        sizes.append(row(f"{name}: parameters", "", count))
         at_once = f"{shape.rows} row" + "s" * (shape.rows > 1)
         for what, of in ((f"training, {at_once}", ROTARY), ("writing", WRITING)):
             sizes.append(known[of] | {"what": f"{name}: {what}"})
             sizes.append(known[f"{of}, memory"] | {"what": f"{name}: memory of {what}"})
         tokens = PRESET_STEPS * PRESET_ROWS * shape.block_size
         hours = [tokens / known[ROTARY][rate] / 3600 for rate in ("low", "value", "high")]
-        times.append(row(f"{name}: {PRESET_STEPS:,} steps of {PRESET_ROWS} rows", hours, "h"))
+        times.append(row(f"{name}: {PRESET_STEPS:,} steps of {PRESET_ROWS} rows", "h", *hours))
     facts = {name: measured[name] for name in ("versions", "rounds", "threads", "noisy")}
     finish("presets-sizes", asked, sizes, facts)
     finish("presets-times", asked, times, facts)
@@ -199,24 +169,9 @@ def first_step(asked: Any) -> None:
     """Seconds to the first step, of both commands."""
     cpu = ForeignCpu([])
     found = first_steps(asked.nanogpt, asked.rounds, asked.threads)
-    foreign = cpu.share()
-    print(f"foreign CPU {foreign:.1%}, at most {FOREIGN_LIMIT:.0%}")
-    noisy = foreign > FOREIGN_LIMIT
-    if noisy and not asked.allow_noise:
-        sys.exit("error: refused, the machine was not quiet; wait until it is, or --allow-noise")
     facts = {"versions": asked.versions, "rounds": asked.rounds, "threads": asked.threads}
-    facts |= {"foreign_cpu": round(foreign, 4), "noisy": noisy}
-    finish("first-step", asked, [row(what, of, "s") for what, of in found.items()], facts)
-
-
-def finish(name: str, asked: Any, rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
-    """Print results that `measure` has no part in, and write their record where it is asked for."""
-    for of in rows:
-        value, low, high = (f"{of[key]:,.2f}" for key in ("value", "low", "high"))
-        print(f"{of['what']:44} {value:>12} {of['unit']:9} ({low} to {high})")
-    if asked.record:
-        measured = {"name": name, "machine": record.machine(), "command": record.command()}
-        print(record.write(measured | facts | {"results": rows}))
+    rows = [row(what, "s", *of) for what, of in found.items()]
+    finish("first-step", asked, rows, facts, cpu.share())
 
 
 def is_there(module: str) -> bool:
