@@ -5,14 +5,22 @@ a recipe's schedule ends with the time too, so it is as good as it can be. nanog
 own model and settings. Losses are each run's last validation, over its own windows.
 
     python benchmarks/budget.py shakespeare --text FILE --minutes 2 5 --record
+    python benchmarks/budget.py shakespeare-core --text FILE --minutes 15 --beside --record
+
+With --beside as many run at a time as there are cores, each on one: what slows the machine then
+slows all alike, and a minute buys what one core can do.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import Queue
+from typing import Any
 
 import record
 
@@ -26,14 +34,42 @@ def run(words: list[str], minutes: float, seed: int) -> dict[str, float]:
     """Train once; bits a byte, nats a token, and the time as a share of what was allowed."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
-        command = [sys.executable, "-m", "octavo", "train", *words, "--budget", f"{minutes}m"]
-        command += ["--out", str(out), "--quiet", f"train.seed={seed}"]
+        command = [*words, "--budget", f"{minutes}m", "--out", str(out), "--quiet"]
         started = time.perf_counter()
-        subprocess.run(command, check=True)
+        subprocess.run([*command, f"train.seed={seed}"], check=True)
         seconds = time.perf_counter() - started
         last = [event for event in read_metrics(out) if event["event"] == "eval"][-1]
     found = {"bits": last["val_bpb"], "nats": last["val_loss"], "steps": last["step"]}
     return found | {"time": seconds / (60 * minutes)}
+
+
+def compare(contestants: dict[str, list[str]], minutes: float, asked: Any) -> list[dict[str, Any]]:
+    """Train all, and give the rows of the record."""
+    places: Queue[list[str]] = Queue()  # where a run may be: what stands before its command
+    on_cores = [["taskset", "-c", str(core)] for core in sorted(os.sched_getaffinity(0))]
+    for place in on_cores if asked.beside else [[]]:
+        places.put(place)
+
+    def trained(who: str, seed: int) -> dict[str, float]:
+        place = places.get()
+        words = [*place, sys.executable, "-m", "octavo", "train", *contestants[who], *asked.words]
+        found = run(words, minutes, seed)
+        places.put(place)
+        print(f"{minutes:g} min  {who:<24} {found}", flush=True)
+        return found
+
+    with ThreadPoolExecutor(places.qsize()) as pool:
+        jobs = {
+            who: [pool.submit(trained, who, seed) for seed in asked.seeds] for who in contestants
+        }
+        runs = {who: [job.result() for job in of] for who, of in jobs.items()}
+    rows = []
+    for who, of in runs.items():
+        rows.append(record.row(f"{who}: loss", "bits a byte", *(found["bits"] for found in of)))
+        rows.append(record.row(f"{who}: loss", "nats a token", *(found["nats"] for found in of)))
+    shares = [found["time"] for found in runs[CHOSEN]]
+    rows.insert(2, record.row("its time, of what was allowed", "×", *shares))
+    return rows
 
 
 def main() -> None:
@@ -44,20 +80,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--recipes", nargs="*", default=RECIPES)
     parser.add_argument("--words", nargs="*", default=[], help="settings for all")
+    parser.add_argument("--beside", action="store_true", help="each on one core, side by side")
     parser.add_argument("--record", action="store_true")
     asked = parser.parse_args()
     contestants = {CHOSEN: [asked.text]}
     contestants |= {recipe: [recipe, asked.text] for recipe in asked.recipes}
     for minutes in asked.minutes:
-        results = []
-        for what, words in contestants.items():
-            runs = [run([*words, *asked.words], minutes, seed) for seed in asked.seeds]
-            for key, unit in (("bits", "bits a byte"), ("nats", "nats a token")):
-                results.append(record.row(f"{what}: loss", unit, *(r[key] for r in runs)))
-            if what == CHOSEN:
-                share = [r["time"] for r in runs]
-                results.append(record.row("its time, of what was allowed", "×", *share))
-            print(f"{minutes:g} min  {what:<24} {runs}", flush=True)
+        results = compare(contestants, minutes, asked)
         if asked.record:
             written = {"name": f"budget-{asked.name}-{minutes:g}m", "machine": record.machine()}
             written |= {"versions": record.versions("octavo", "torch")}
