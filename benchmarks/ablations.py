@@ -53,7 +53,8 @@ def main() -> None:
     parser.add_argument("--record", action="store_true")
     args = parser.parse_args()
     studies = [read(study, "ablation.json") for study in args.studies]
-    results = arms(studies[0]) if len(studies) == 1 else []
+    results = arms(studies[0])
+    results += [row for found in studies[1:] if len(found["arms"]) > 2 for row in arms(found)]
     results += [row for found in studies for row in effects(found)]
     print(json.dumps(results, indent=2))
     if args.record:
