@@ -1,5 +1,6 @@
 """The command line as people type it: sorted words, help that answers, errors of one line."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from test_config import S2
 from training_kit import events
 
 import octavo
-from octavo.cli import COMMANDS
+from octavo.cli import COMMANDS, SPINS, spin_briefly
 
 
 @pytest.fixture(scope="module")
@@ -217,3 +218,17 @@ def test_wandb_flags_are_settings(here, capsys):
     words = ["train", "sea.txt", *SMALL, "--out", "runs/w", "--wandb_project", "p"]
     assert called(*words, "--wandb_run_name", "r", "log.every=x") == 2
     assert "log.every" in capsys.readouterr().err
+
+
+def test_threads_spin_briefly_unless_the_user_has_said_how(monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    spin_briefly()
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    spin_briefly()
+    assert os.environ["GOMP_SPINCOUNT"] == SPINS
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    spin_briefly()
+    assert "GOMP_SPINCOUNT" not in os.environ
