@@ -53,9 +53,11 @@ def main() -> None:
     parser.add_argument("--record", action="store_true")
     args = parser.parse_args()
     studies = [read(study, "ablation.json") for study in args.studies]
-    results = arms(studies[0])
-    results += [row for found in studies[1:] if len(found["arms"]) > 2 for row in arms(found)]
-    results += [row for found in studies for row in effects(found)]
+    results = []
+    for path, found in zip(args.studies, studies, strict=True):
+        about = f"{path.name}, " if len(studies) > 1 else ""
+        rows = arms(found) + effects(found)
+        results += [row | {"what": about + row["what"]} for row in rows]
     print(json.dumps(results, indent=2))
     if args.record:
         asked, seeds = read(args.studies[0], "study.json")["asked"], len(studies[0]["seeds"])

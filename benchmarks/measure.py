@@ -262,4 +262,4 @@ def show_rows(rows: list[dict[str, Any]]) -> None:
     """Print results for people."""
     for row in rows:
         value, low, high = (f"{row[name]:,.2f}" for name in ("value", "low", "high"))
-        print(f"{row['what']:44} {value:>12} {row['unit']:9} ({low} to {high})")
+        print(f"{row['what']:60} {value:>12} {row['unit']:12} ({low} to {high})")

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import math
+import statistics
 import sys
 from functools import partial
 from pathlib import Path
@@ -138,3 +140,15 @@ def test_a_ratio_is_taken_round_by_round():
     rows = {row["what"]: row for row in measure.results(figures, ["a", "b"], "x")}
     assert (rows["a / b"]["low"], rows["a / b"]["high"]) == (2.0, 2.0)
     assert (rows["a"]["value"], rows["a"]["low"], rows["a"]["high"]) == (3.0, 2.0, 4.0)
+
+
+def test_an_interval_is_students():
+    """Ten rounds of which half are 1.0 and half 1.21: 1.1 with a reach of 2.262 standard errors."""
+    assert [round(measure.student(n), 3) for n in (9, 19, 1000)] == [2.262, 2.093, 1.962]
+    found = measure.interval("a / b", [2.0, 2.42] * 5, [2.0] * 10)
+    deviation = statistics.stdev(map(math.log, [1.0, 1.21] * 5))
+    assert found["value"] == pytest.approx(1.1)
+    assert math.log(found["value"] / found["low"]) == pytest.approx(
+        2.2622 * deviation / 10**0.5, 1e-3
+    )
+    assert found["high"] / found["value"] == pytest.approx(found["value"] / found["low"])

@@ -4,7 +4,6 @@ import argparse
 import copy
 import functools
 import json
-import math
 import re
 import sys
 import time
@@ -96,18 +95,6 @@ def test_a_peer_whose_loss_differs_is_not_timed():
     ours = {"losses": [2.0, 1.5], "gap": 0.0}
     with pytest.raises(SystemExit, match=r"loss 1\.6 of nanoGPT at step 1"):
         train.agree({}, {"octavo": ours, "nanoGPT": ours | {"losses": [2.0, 1.6]}})
-
-
-def test_an_interval_is_students():
-    """Ten rounds of which half are 1.0 and half 1.21: 1.1 with a reach of 2.262 standard errors."""
-    assert [round(train.student(n), 3) for n in (9, 19, 1000)] == [2.262, 2.093, 1.962]
-    found = train.interval("a / b", [2.0, 2.42] * 5, [2.0] * 10)
-    deviation = torch.tensor([1.0, 1.21] * 5).log().std().item()
-    assert found["value"] == pytest.approx(1.1)
-    assert math.log(found["value"] / found["low"]) == pytest.approx(
-        2.2622 * deviation / 10**0.5, 1e-3
-    )
-    assert found["high"] / found["value"] == pytest.approx(found["value"] / found["low"])
 
 
 def test_shares_of_the_matrix_product_count_three_forward_passes():
