@@ -5,7 +5,7 @@
 
 Every model is modern-char.yaml's with another width or batch; all see the same number of tokens, so
 a batch of twice the rows makes half the steps. Both rates, AdamW's and Muon's, are the one
-given. Runs are kept in DIR, and those that are there are not made again.
+given. Runs are kept in DIR: finished ones are not made again, stopped ones go on.
 """
 
 import argparse
@@ -37,12 +37,11 @@ def settings(what: str, size: int) -> list[str]:
 def loss(what: str, size: int, rate: float, seed: int, asked: Any) -> float:
     """The last validation's, in nats a token."""
     out = asked.work / f"{what}-{size}-{rate:g}-{seed}"
-    if not (out / "report.html").exists():
-        words = ["modern-char.yaml", asked.text, *settings(what, size)]
-        words += [f"optim.lr={rate}", f"optim.muon_lr={rate}", f"train.seed={seed}"]
-        words += ["eval.every=10000", "checkpoint.every=10000", "log.sample_every=10000"]
-        command = [sys.executable, "-m", "octavo", "train", *words, "--out", str(out), "--quiet"]
-        subprocess.run(command, check=True)
+    words = ["modern-char.yaml", asked.text, *settings(what, size)]
+    words += [f"optim.lr={rate}", f"optim.muon_lr={rate}", f"train.seed={seed}"]
+    words += ["eval.every=10000", "checkpoint.every=10000", "log.sample_every=10000"]
+    command = [sys.executable, "-m", "octavo", "train", *words, "--out", str(out), "--quiet"]
+    subprocess.run([*command, "--resume"], check=True)  # a finished run is left as it is
     return [event for event in read_metrics(out) if event["event"] == "eval"][-1]["val_loss"]
 
 
