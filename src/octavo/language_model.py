@@ -16,8 +16,15 @@ from octavo.config import FinetuneConfig, ModelConfig
 from octavo.errors import CheckpointError, ConfigError, DataError
 from octavo.generating.choosing import ENGINES, choose_device, native_model
 from octavo.generating.sampling import Sampling, make_sampling
-from octavo.generating.speculative import LookupDrafter, ModelDrafter, Pace, SpeculativeEngine
+from octavo.generating.speculative import (
+    HOPED_READING,
+    LookupDrafter,
+    ModelDrafter,
+    Pace,
+    SpeculativeEngine,
+)
 from octavo.generating.writing import Engine, complete, start_ids, write
+from octavo.model.counts import count_parameters
 from octavo.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -234,6 +241,9 @@ class LanguageModel:
             self.draft = load(how, self.device, speculate="off", engine=self.engine)
             check_same_tokens(self, self.draft)
         self.pace = Pace()
+        if self.draft:
+            small, large = (count_parameters(lm.config).total for lm in (self.draft, self))
+            self.pace.reading = HOPED_READING * small / large
 
     def make_ready(self) -> None:
         """Load now what the first text would load, so that it begins at once."""

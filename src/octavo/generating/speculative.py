@@ -20,15 +20,16 @@ LENGTHS = (1, 2, 4, 8)  # of drafts; each is tried before a longer one
 HOPE, HOPE_AGAIN = 0.7, 0.5  # the agreement expected of a draft at first, and when tried again
 MEMORY = 1 / 16  # the weight of a drafted token in the agreement
 HOPED_COST = 0.1  # of a drafted token, in plain tokens, before any was measured
-SHARE = 0.013  # of the time of plain writing may be lost to drafts that did not pay,
-AHEAD = 256  # counted as if so many tokens more had been written
+HOPED_READING = 0.15  # of a token the draft reads, in plain tokens, were it as large as the model
+FIRST = 4.0  # plain tokens' time may be lost to drafts that did not pay,
+SHARE = 0.012  # or so much of the time of plain writing, where that is more
 GLANCE, FRESH = 8, 256  # plain tokens timed at once, and for how many tokens that holds
 GLANCES = 5  # of so many such times the second shortest counts: a busy machine only adds
 SURE = 3  # so many must be there before the first draft
 UNGUESSED = 4  # plain tokens to write where nobody had an idea
 QUICK = 1e-4  # seconds: when plain tokens come faster, Python is too slow to draft any
 PAUSE = 64  # tokens without drafts after a failure; doubles with each
-READ = 64  # tokens a draft model reads at once to catch up
+LEVEL = 2  # tokens a row that a drafter may be behind and be as fast as ever
 NGRAMS = (12, 6, 3)  # tokens that must agree before what followed them is proposed
 
 
@@ -37,6 +38,10 @@ class Drafter(Protocol):
 
     def propose(self, slots: list[Slot], length: int) -> list[list[int]]:
         """For each slot up to ``length`` ids that may come next; empty: no idea."""
+        ...
+
+    def behind(self, slots: list[Slot]) -> int:
+        """How many tokens it would have to read before it could propose anything."""
         ...
 
     def release(self, index: int) -> None:
@@ -54,6 +59,10 @@ class LookupDrafter:
     def propose(self, slots: list[Slot], length: int) -> list[list[int]]:
         """See `Drafter.propose`; the longest of the n-grams that occurred, where it was last."""
         return [self._guess(slot.index, slot.ids, length) for slot in slots]
+
+    def behind(self, slots: list[Slot]) -> int:
+        """None: what it reads, it reads in no time."""
+        return 0
 
     def release(self, index: int) -> None:
         """Forget this slot's text."""
@@ -77,9 +86,7 @@ class LookupDrafter:
 class ModelDrafter:
     """A smaller model with the same tokenizer, which draws with the same numbers as the large one.
 
-    It has shadows of the slots. What it read of a guess that was not accepted it reads anew; when
-    it is far behind it catches up some tokens at a time and proposes nothing meanwhile, so that no
-    single step waits long for it.
+    It has shadows of the slots. What it read of a guess that was not accepted it reads anew.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -90,13 +97,13 @@ class ModelDrafter:
 
     def propose(self, slots: list[Slot], length: int) -> list[list[int]]:
         """See `Drafter.propose`: what the model would write."""
-        ready = {slot.index for slot in slots if self._follow(slot)}
-        shadows = [self.shadows[slot.index] for slot in slots]
-        behind = [shadow for shadow in shadows if shadow.index not in ready]
-        if behind:
-            self.engine.step(behind)  # what it draws is not wanted
-        todo = [shadow for shadow in shadows if shadow.index in ready]
-        for shadow in todo:
+        misled = [slot for slot in slots if not self._follow(slot)]
+        if misled:
+            self.engine.step([self.shadows[slot.index] for slot in misled])  # what it draws is lost
+            for slot in misled:
+                self._follow(slot)
+        todo = shadows = [self.shadows[slot.index] for slot in slots]
+        for shadow in shadows:
             shadow.left = length
         while todo:
             for shadow, ids in zip(todo, self.engine.step(todo, length), strict=True):
@@ -105,6 +112,11 @@ class ModelDrafter:
             todo = [shadow for shadow in todo if shadow.left]
         return [shadow.ids[self.known[shadow.index] :] for shadow in shadows]
 
+    def behind(self, slots: list[Slot]) -> int:
+        """Tokens of the slots that the shadows have not."""
+        have = [len(shadow.ids) if (shadow := self.shadows.get(s.index)) else 0 for s in slots]
+        return sum(max(0, len(s.ids) - read) for s, read in zip(slots, have, strict=True))
+
     def release(self, index: int) -> None:
         """Forget this slot's shadow."""
         self.engine.release(index)
@@ -112,7 +124,7 @@ class ModelDrafter:
         self.known.pop(index, None)
 
     def _follow(self, slot: Slot) -> bool:
-        """Let the shadow's ids be the slot's; False where it can only take a step towards them.
+        """Let the shadow's ids be the slot's; False where only one of the new ones could follow.
 
         The engine trusts its cache for all ids but the last, so after a wrong guess it must be
         stepped with one right id at the end before more may follow.
@@ -121,9 +133,9 @@ class ModelDrafter:
         shadow, known = self.shadows.setdefault(slot.index, new), self.known.get(slot.index, 0)
         agreed = known + common_length(shadow.ids[known:], slot.ids[known:])
         stale = agreed < min(len(shadow.ids), len(slot.ids)) - 1
-        shadow.ids = slot.ids[: agreed + (1 if stale else READ)]
+        shadow.ids = slot.ids[: agreed + 1] if stale else list(slot.ids)
         self.known[slot.index] = len(shadow.ids)
-        return len(shadow.ids) == len(slot.ids)
+        return not stale
 
 
 @dataclass
@@ -137,11 +149,10 @@ class Pace:
 
     What drafts may lose is bounded. A step of t seconds that brings m tokens loses t - m p, where p
     is a plain token's time; gains pay losses back. No draft is begun that, by what drafted tokens
-    cost so far, could bring the sum above SHARE of the plain time of all that was written and of
-    AHEAD tokens more. After n tokens that is 0.013 (n + 256) p: the time of 3.3 tokens at first,
-    2.6 % from 256 tokens on, 1.3 % in the end. The rest up to 1/0.97 = 1 + 3.1 % is for drafts that
-    cost more than was thought. After a failure they pause for 64 tokens, then 128, and so on, until
-    drafts have paid for themselves.
+    and those that the drafter must read first cost so far, could bring the sum above FIRST plain
+    tokens or SHARE of the plain time of all that was written: 1.8 % of 256 tokens, 1.2 % in the
+    end. The rest up to 1/0.97 = 1 + 3.1 % is for drafts that cost more than was thought. After a
+    failure they pause for 64 tokens, then 128, and so on, until drafts have paid for themselves.
     """
 
     rows: int = 0
@@ -149,8 +160,10 @@ class Pace:
     times: dict[int, float] = field(default_factory=dict)
     """Seconds of a step by the length of its longest draft; 0: of a plain token a row."""
     agreement: float = HOPE
-    cost: float = 2.0
+    cost: float = 1.0
     """Of a drafted token that is in vain, in plain tokens."""
+    reading: float = 0.01
+    """Of a token that the drafter has to read first, in plain tokens."""
     lost: float = 0.0
     """Seconds that drafts have cost more than they have brought."""
     plain: float = 0.0
@@ -167,8 +180,11 @@ class Pace:
     tokens: int = 0
     seconds: float = 0.0
 
-    def length(self, rows: int) -> int:
-        """How many tokens to draft for each of ``rows``; 0: write plainly."""
+    def length(self, rows: int, behind: int = 0) -> int:
+        """How many tokens to draft for each of ``rows``; 0: write plainly.
+
+        ``behind`` is how many the drafter would have to read before.
+        """
         if rows != self.rows:
             self.rows, self.times, self.glances = rows, {}, []
         if self.waiting > 0 or self.fresh <= 0 or len(self.glances) < SURE:
@@ -177,15 +193,22 @@ class Pace:
         tried = [k for k in LENGTHS if k in self.times]
         untried = [k for k in LENGTHS if k > max(tried, default=0)]
         best = max([0, *tried, *untried[:1]], key=self._speed)
-        affordable = (SHARE * (self.plain + AHEAD * token) - self.lost) / (self.cost * token)
+        left = (max(FIRST * token, SHARE * self.plain) - self.lost) / token
+        affordable = (left - self.reading * behind) / self.cost
         best = max(0, min(best, int(affordable))) if token > QUICK else 0
         if not best:
-            self.waiting, self.pause = self.pause, 2 * self.pause
+            self.waiting = self.pause
+            self.pause *= 2 if self.lost else 1
             self.times, self.agreement = {0: token}, max(self.agreement, HOPE_AGAIN)
         return best
 
-    def learn(self, drafts: list[list[int]], drawn: list[list[int]], seconds: float) -> None:
-        """Note a step with drafts, or that went without though some were asked for."""
+    def learn(
+        self, drafts: list[list[int]], drawn: list[list[int]], seconds: float, behind: int = 0
+    ) -> None:
+        """Note a step with drafts, or that went without though some were asked for.
+
+        What it took says what reading costs where the drafter was ``behind``, else what drafts do.
+        """
         self._add(drawn, seconds)
         tokens, longest, token = _mean_length(drawn), max(map(len, drafts)), self.times[0]
         self.lost = max(0.0, self.lost + seconds - tokens * token)
@@ -193,8 +216,12 @@ class Pace:
         self.fresh -= round(tokens)
         if not longest:
             return
-        self.times[longest] = _average(self.times.get(longest), seconds)
-        self.cost = _average(self.cost, max(seconds / token - 1, 0.01) / longest, 0.5)
+        if behind > LEVEL * len(drawn):
+            read = max(seconds / token - tokens, 0) / behind
+            self.reading = _average(self.reading, read, 0.5)
+        else:
+            self.times[longest] = _average(self.times.get(longest), seconds)
+            self.cost = _average(self.cost, max(seconds / token - 1, 0.01) / longest, 0.5)
         agreed = [common_length(draft, ids) for draft, ids in zip(drafts, drawn, strict=True)]
         tried = sum(
             min(n + 1, len(d), len(i)) for n, d, i in zip(agreed, drafts, drawn, strict=True)
@@ -269,7 +296,8 @@ class SpeculativeEngine:
         began, pace = self.clock(), self.pace
         reads = self._must_read(slots)
         wanted = min(most, max(slot.left for slot in slots))
-        length = 0 if reads else min(pace.length(len(slots)), wanted - 1)
+        behind = self.drafter.behind(slots)
+        length = 0 if reads else min(pace.length(len(slots), behind), wanted - 1)
         if not length:
             drawn = self.engine.step(slots, min(most, max(1 if reads else GLANCE, pace.waiting)))
             pace.learn_plain(drawn, self.clock() - began, timed=not reads)
@@ -281,7 +309,7 @@ class SpeculativeEngine:
         drawn = self.engine.step(slots, longest + 1 if longest else UNGUESSED)
         for slot in slots:
             slot.draft = []
-        pace.learn(drafts, drawn, self.clock() - began)
+        pace.learn(drafts, drawn, self.clock() - began, behind)
         return drawn
 
     def release(self, index: int) -> None:
