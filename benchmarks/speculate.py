@@ -4,13 +4,12 @@
     python benchmarks/speculate.py runs/my --preset nucleus --record
 
 The run's own draft, and what followed the last tokens where they stood before (lookup), against
-plain decoding on the same engine, and plain decoding against itself: that ratio is what the
+plain decoding on the same engine, of which there are two: what they differ by is what the
 measure is worth. All are in one process and write text after text by turns, since processes beside
 each other differ by a tenth with nothing changed; each round opens them anew, so that where their
 memory happens to lie is part of the noise. All must write the same characters.
 """
 
-import functools
 import sys
 import time
 from pathlib import Path
@@ -58,10 +57,10 @@ def main() -> None:
             rates[what].append(rate)
         print(f"round {number + 1} of {asked.rounds}", file=sys.stderr)
     rows = [record.row(what, "tokens/s", *of) for what, of in rates.items()]
-    ratio = functools.partial(interval, theirs=rates[PLAIN])
-    rows += [
-        ratio(f"{what} / {PLAIN}, 95 % interval", of) for what, of in rates.items() if what != PLAIN
-    ]
+    plain, again, *others = rates
+    both = [(one + other) / 2 for one, other in zip(rates[plain], rates[again], strict=True)]
+    rows.append(interval(f"{again} / {plain}, 95 % interval", rates[again], rates[plain]))
+    rows += [interval(f"{what} / {plain}, 95 % interval", rates[what], both) for what in others]
     facts = {"versions": record.versions("octavo", "torch"), "rounds": asked.rounds}
     facts |= {"threads": asked.threads}
     finish(f"speculate-{asked.run.name}-{asked.preset}", asked, rows, facts, cpu.share())

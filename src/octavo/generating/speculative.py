@@ -24,11 +24,11 @@ HOPED_READING = 0.15  # of a token the draft reads, in plain tokens, were it as 
 FIRST = 4.0  # plain tokens' time may be lost to drafts that did not pay,
 SHARE = 0.012  # or so much of the time of plain writing, where that is more
 GLANCE, FRESH = 8, 256  # plain tokens timed at once, and for how many tokens that holds
-GLANCES = 5  # of so many such times the second shortest counts: a busy machine only adds
-SURE = 3  # so many must be there before the first draft
+GLANCES = 3  # of so many such times the middle one counts; before, nothing is drafted
 UNGUESSED = 4  # plain tokens to write where nobody had an idea
 QUICK = 1e-4  # seconds: when plain tokens come faster, Python is too slow to draft any
 PAUSE = 64  # tokens without drafts after a failure; doubles with each
+EARNED = 16  # plain tokens' time that drafts have brought may be lost again
 LEVEL = 2  # tokens a row that a drafter may be behind and be as fast as ever
 NGRAMS = (12, 6, 3)  # tokens that must agree before what followed them is proposed
 
@@ -148,7 +148,7 @@ class Pace:
     cheap, so that each is tried, from short to long.
 
     What drafts may lose is bounded. A step of t seconds that brings m tokens loses t - m p, where p
-    is a plain token's time; gains pay losses back. No draft is begun that, by what drafted tokens
+    is a plain token's time; gains pay losses back, those to come too. No draft is begun that, by what drafted tokens
     and those that the drafter must read first cost so far, could bring the sum above FIRST plain
     tokens or SHARE of the plain time of all that was written: 1.8 % of 256 tokens, 1.2 % in the
     end. The rest up to 1/0.97 = 1 + 3.1 % is for drafts that cost more than was thought. After a
@@ -169,7 +169,7 @@ class Pace:
     plain: float = 0.0
     """Seconds that plain writing would have taken so far, prompts included."""
     glances: list[float] = field(default_factory=list)
-    """The last times of a plain token a row; the second shortest is times[0]."""
+    """The last times of a plain token a row; the middle one is times[0]."""
     fresh: int = 0
     """Tokens until plain writing is timed again."""
     waiting: int = 0
@@ -187,7 +187,7 @@ class Pace:
         """
         if rows != self.rows:
             self.rows, self.times, self.glances = rows, {}, []
-        if self.waiting > 0 or self.fresh <= 0 or len(self.glances) < SURE:
+        if self.waiting > 0 or self.fresh <= 0 or len(self.glances) < GLANCES:
             return 0
         token = self.times[0]
         tried = [k for k in LENGTHS if k in self.times]
@@ -198,7 +198,7 @@ class Pace:
         best = max(0, min(best, int(affordable))) if token > QUICK else 0
         if not best:
             self.waiting = self.pause
-            self.pause *= 2 if self.lost else 1
+            self.pause *= 2 if self.lost > 0 else 1
             self.times, self.agreement = {0: token}, max(self.agreement, HOPE_AGAIN)
         return best
 
@@ -211,7 +211,7 @@ class Pace:
         """
         self._add(drawn, seconds)
         tokens, longest, token = _mean_length(drawn), max(map(len, drafts)), self.times[0]
-        self.lost = max(0.0, self.lost + seconds - tokens * token)
+        self.lost = max(-EARNED * token, self.lost + seconds - tokens * token)
         self.plain += tokens * token
         self.fresh -= round(tokens)
         if not longest:
@@ -229,7 +229,7 @@ class Pace:
         self.agreement += (1 - (1 - MEMORY) ** tried) * (sum(agreed) / tried - self.agreement)
         self.drafted += sum(map(len, drafts))
         self.accepted += sum(agreed)
-        if not self.lost:
+        if self.lost <= 0:
             self.pause = PAUSE
 
     def learn_plain(self, drawn: list[list[int]], seconds: float, timed: bool = True) -> None:
@@ -240,7 +240,7 @@ class Pace:
         self.waiting -= round(tokens)
         if timed:
             self.glances = [*self.glances[1 - GLANCES :], seconds / tokens]
-            self.times[0] = sorted(self.glances)[min(1, len(self.glances) - 1)]
+            self.times[0] = sorted(self.glances)[len(self.glances) // 2]
             self.fresh = FRESH
 
     def report(self) -> dict[str, float]:
