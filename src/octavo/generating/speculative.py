@@ -148,11 +148,12 @@ class Pace:
     cheap, so that each is tried, from short to long.
 
     What drafts may lose is bounded. A step of t seconds that brings m tokens loses t - m p, where p
-    is a plain token's time; gains pay losses back, those to come too. No draft is begun that, by what drafted tokens
-    and those that the drafter must read first cost so far, could bring the sum above FIRST plain
-    tokens or SHARE of the plain time of all that was written: 1.8 % of 256 tokens, 1.2 % in the
-    end. The rest up to 1/0.97 = 1 + 3.1 % is for drafts that cost more than was thought. After a
-    failure they pause for 64 tokens, then 128, and so on, until drafts have paid for themselves.
+    is a plain token's time; gains pay losses back, and up to EARNED tokens in advance. No draft is
+    begun that, by what drafted tokens and those that the drafter must read first cost so far, could
+    bring the sum above FIRST plain tokens or SHARE of the plain time of all that was written: 1.6 %
+    of 256 tokens, 1.2 % in the end. The rest up to 1/0.97 = 1 + 3.1 % is for drafts that cost more
+    than was thought. After a failure they pause for 64 tokens, then 128, and so on, until drafts
+    have paid for themselves.
     """
 
     rows: int = 0
