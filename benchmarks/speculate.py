@@ -63,7 +63,7 @@ def main() -> None:
     rows += [interval(f"{what} / {plain}, 95 % interval", rates[what], both) for what in others]
     facts = {"versions": record.versions("octavo", "torch"), "rounds": asked.rounds}
     facts |= {"threads": asked.threads}
-    finish(f"speculate-{asked.run.name}-{asked.preset}", asked, rows, facts, cpu.share())
+    finish(f"speculate-{asked.run.name}", asked, rows, facts, cpu.share())
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ HOPE, HOPE_AGAIN = 0.7, 0.5  # the agreement expected of a draft at first, and w
 MEMORY = 1 / 16  # the weight of a drafted token in the agreement
 HOPED_COST = 0.1  # of a drafted token, in plain tokens, before any was measured
 HOPED_READING = 0.15  # of a token the draft reads, in plain tokens, were it as large as the model
-FIRST = 4.0  # plain tokens' time may be lost to drafts that did not pay,
-SHARE = 0.012  # or so much of the time of plain writing, where that is more
+FIRST = 3.0  # plain tokens' time may be lost to drafts that did not pay,
+SHARE = 0.008  # or so much of the time of plain writing, where that is more
 GLANCE, FRESH = 8, 256  # plain tokens timed at once, and for how many tokens that holds
 GLANCES = 3  # of so many such times the middle one counts; before, nothing is drafted
 UNGUESSED = 4  # plain tokens to write where nobody had an idea
@@ -150,8 +150,8 @@ class Pace:
     What drafts may lose is bounded. A step of t seconds that brings m tokens loses t - m p, where p
     is a plain token's time; gains pay losses back, and up to EARNED tokens in advance. No draft is
     begun that, by what drafted tokens and those that the drafter must read first cost so far, could
-    bring the sum above FIRST plain tokens or SHARE of the plain time of all that was written: 1.6 %
-    of 256 tokens, 1.2 % in the end. The rest up to 1/0.97 = 1 + 3.1 % is for drafts that cost more
+    bring the sum above FIRST plain tokens or SHARE of the plain time of all that was written: 1.2 %
+    of 256 tokens, 0.8 % in the end. The rest up to 1/0.97 = 1 + 3.1 % is for drafts that cost more
     than was thought. After a failure they pause for 64 tokens, then 128, and so on, until drafts
     have paid for themselves.
     """
