@@ -364,7 +364,7 @@ def test_a_draft_that_becomes_good_is_found_again():
 def test_an_outlier_does_not_decide():
     """A machine that is busy for one step."""
     pace = Pace()
-    for seconds in (1.0, 40.0, 1.0):
+    for seconds in (1.0, 40.0):
         assert pace.length(1) == 0
         pace.learn_plain([[1]], seconds)
     assert pace.times[0] == 1.0

@@ -23,12 +23,13 @@ HOPED_COST = 0.1  # of a drafted token, in plain tokens, before any was measured
 HOPED_READING = 0.15  # of a token the draft reads, in plain tokens, were it as large as the model
 FIRST = 3.0  # plain tokens' time may be lost to drafts that did not pay,
 SHARE = 0.008  # or so much of the time of plain writing, where that is more
-GLANCE, FRESH = 8, 256  # plain tokens timed at once, and for how many tokens that holds
-GLANCES = 3  # of so many such times the middle one counts; before, nothing is drafted
+GLANCE, FRESH = 16, 512  # plain tokens timed at once, and for how many tokens that holds
+GLANCES, SURE = 3, 2  # the middle one of so many such times counts; drafts begin after so many
 UNGUESSED = 4  # plain tokens to write where nobody had an idea
 QUICK = 1e-4  # seconds: when plain tokens come faster, Python is too slow to draft any
 PAUSE = 64  # tokens without drafts after a failure; doubles with each
 EARNED = 16  # plain tokens' time that drafts have brought may be lost again
+WORTH = 1.05  # times as fast as plain writing must drafts promise to be
 LEVEL = 2  # tokens a row that a drafter may be behind and be as fast as ever
 NGRAMS = (12, 6, 3)  # tokens that must agree before what followed them is proposed
 
@@ -144,7 +145,7 @@ class Pace:
 
     With agreement a, the share of drafted tokens that were the model's, a draft of k tokens brings
     1 + a + ... + a^k tokens in the time that such a step was seen to take. The length with the most
-    tokens a second is taken, none if plain writing has. Lengths not tried yet are expected to be
+    tokens a second is taken, none where those are hardly more than without. Lengths not tried yet are expected to be
     cheap, so that each is tried, from short to long.
 
     What drafts may lose is bounded. A step of t seconds that brings m tokens loses t - m p, where p
@@ -188,15 +189,16 @@ class Pace:
         """
         if rows != self.rows:
             self.rows, self.times, self.glances = rows, {}, []
-        if self.waiting > 0 or self.fresh <= 0 or len(self.glances) < GLANCES:
+        if self.waiting > 0 or self.fresh <= 0 or len(self.glances) < SURE:
             return 0
         token = self.times[0]
         tried = [k for k in LENGTHS if k in self.times]
         untried = [k for k in LENGTHS if k > max(tried, default=0)]
-        best = max([0, *tried, *untried[:1]], key=self._speed)
+        best = max([*tried, *untried[:1]], key=self._speed)
         left = (max(FIRST * token, SHARE * self.plain) - self.lost) / token
         affordable = (left - self.reading * behind) / self.cost
-        best = max(0, min(best, int(affordable))) if token > QUICK else 0
+        pays = token > QUICK and self._speed(best) * token > WORTH
+        best = max(0, min(best, int(affordable))) if pays else 0
         if not best:
             self.waiting = self.pause
             self.pause *= 2 if self.lost > 0 else 1
@@ -241,7 +243,7 @@ class Pace:
         self.waiting -= round(tokens)
         if timed:
             self.glances = [*self.glances[1 - GLANCES :], seconds / tokens]
-            self.times[0] = sorted(self.glances)[len(self.glances) // 2]
+            self.times[0] = sorted(self.glances)[(len(self.glances) - 1) // 2]
             self.fresh = FRESH
 
     def report(self) -> dict[str, float]:
