@@ -145,8 +145,8 @@ class Pace:
 
     With agreement a, the share of drafted tokens that were the model's, a draft of k tokens brings
     1 + a + ... + a^k tokens in the time that such a step was seen to take. The length with the most
-    tokens a second is taken, none where those are hardly more than without. Lengths not tried yet are expected to be
-    cheap, so that each is tried, from short to long.
+    tokens a second is taken, none where those are hardly more than without. Lengths not tried yet
+    are expected to be cheap, so that each is tried, from short to long.
 
     What drafts may lose is bounded. A step of t seconds that brings m tokens loses t - m p, where p
     is a plain token's time; gains pay losses back, and up to EARNED tokens in advance. No draft is
