@@ -1,9 +1,12 @@
 """A time is turned into a model: a law decides, the user's own settings hold, it ends in time."""
 
+import itertools
 import json
+import statistics
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -26,18 +29,36 @@ def text(tmp_path):
     return path
 
 
+class Machine:
+    """Tries models at a billion operations a second, or at what each step in turn is given."""
+
+    speeds = itertools.repeat(1e9)
+
+    def __init__(self, monkeypatch):
+        machine, self.widths = self, []
+
+        class Trial:
+            def __init__(self, config, source, device):
+                self.model = ModelConfig(**{**vars(config.model), "vocab_size": source.vocab_size})
+                self.rates = []
+                machine.widths.append(self.model.d_model)
+
+            def step(self):
+                cost = 12 * 6 * self.model.n_layer * self.model.d_model**2
+                self.rates.append(next(machine.speeds) / cost)
+
+        monkeypatch.setattr(budget_module, "Trial", Trial)
+
+
 @pytest.fixture
-def tried(monkeypatch):
-    """The widths that are tried, on a machine that does a billion operations a second."""
-    widths = []
+def machine(monkeypatch):
+    return Machine(monkeypatch)
 
-    def trial(config, source, device):
-        model = ModelConfig(**{**vars(config.model), "vocab_size": source.vocab_size})
-        widths.append(model.d_model)
-        return model, 1e9 / (12 * 6 * model.n_layer * model.d_model**2)
 
-    monkeypatch.setattr(budget_module, "trial", trial)
-    return widths
+@pytest.fixture
+def tried(machine):
+    """The widths that are tried."""
+    return machine.widths
 
 
 def chosen(text, budget, *settings, began=None):
@@ -61,6 +82,21 @@ def test_it_tries_one_model_more_than_the_best(text, tried):
     best = chosen(text, 300).model.d_model
     assert tried[-2] == best
     assert tried == sorted(tried)
+
+
+@pytest.mark.parametrize("phase", [5, 6, 9, 30])
+def test_models_are_told_apart_on_a_machine_whose_speed_swings(machine, phase):
+    """Half as fast for some steps and then again as it was: one of two models had met the worse."""
+    swinging = [1e9] * phase + [5e8] * phase
+    for began in range(2 * phase):
+        machine.speeds = itertools.islice(itertools.cycle(swinging), began, None)
+        source = SimpleNamespace(vocab_size=65)
+        small, large = (
+            budget_module.Trial(SimpleNamespace(model=model_of(width, 4)), source, None)
+            for width in (64, 128)
+        )
+        budget_module.race(small, None)
+        assert budget_module.race(large, small) == statistics.median(small.rates) / 4
 
 
 def test_the_law_prefers_new_tokens_to_old_ones_and_large_models_to_small_ones():

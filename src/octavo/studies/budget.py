@@ -9,6 +9,7 @@ what bytes are worth when they come again. The model with the lowest expected lo
 import dataclasses
 import math
 import os
+import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from octavo.training.task import prepare
 LAYERS = {32: 2, 64: 3, 96: 4, 128: 4, 192: 5, 256: 6, 320: 6, 384: 6, 512: 8, 640: 10, 768: 12}
 """How deep a model of each width is."""
 CONTEXT = 256  # tokens, where the text is long enough
-TRIAL_TOKENS, WARMING, TIMED = 2048, 2, 3  # in a step of a trial; its steps
+TRIAL_TOKENS, WARMING, TIMED = 2048, 2, 5  # in a step of a trial; its steps
 TRYING = 0.05  # of the time: no further trial is begun
 STEPPING = 0.93  # of what is left after the trials goes into steps
 VALIDATING, MOST_VALIDATIONS = 0.03, 10  # and so much at most into validations
@@ -121,22 +122,24 @@ def choose(
     given = {name for settings_of in known for name in settings_of.get("model", {})}
     token_bytes = bytes_of_a_token(source)
 
-    def tried(words: list[str]) -> Choice:
-        model, speed = trial(wish([*words, "train.compile=false"]), source, device)
+    def tried(words: list[str], rival: Trial | None) -> tuple[Choice, Trial]:
+        trial = Trial(wish([*words, "train.compile=false"]), source, device)
+        speed = race(trial, rival)
         left = max(began + budget - time.monotonic(), 0.0)
         tokens = max(STEPPING * speed * left, 1.0)
-        return Choice(words, model, speed, tokens, len(source.train), token_bytes)
+        return Choice(words, trial.model, speed, tokens, len(source.train), token_bytes), trial
 
     best: Choice | None = None
+    leader: Trial | None = None
     trying = time.monotonic()
     for width in [0] if {"d_model", "n_layer", "n_head"} & given else LAYERS:
-        choice = tried(shape(width, len(source.val)))
+        choice, trial = tried(shape(width, len(source.val)), leader)
         if dropout := dropout_for(choice.strain):  # which takes time of its own
-            choice = tried([*choice.words, f"model.dropout={dropout}"])
+            choice, trial = tried([*choice.words, f"model.dropout={dropout}"], trial)
         display.say(f"  {choice}")
         if best and choice.excess >= best.excess:
             break
-        best = choice
+        best, leader = choice, trial
         if time.monotonic() - trying > TRYING * budget:
             break
     assert best is not None
@@ -162,18 +165,40 @@ def dropout_for(strain: float) -> float:
     return next((rate for least, rate in DROPOUT if strain >= least), 0.0)
 
 
-def trial(config: Config, source: Source, device: torch.device) -> tuple[ModelConfig, float]:
-    """The model with its vocabulary, and the tokens a second of a few steps."""
-    learner = build_learner(
-        prepare(config, device.type, Path(), source=source), device, Display(quiet=True)
-    )
-    for _ in range(WARMING):
-        optimizer_step(learner)
-    started, tokens = time.perf_counter(), learner.progress.tokens
+class Trial:
+    """A model that takes some steps, to see how long they take."""
+
+    def __init__(self, config: Config, source: Source, device: torch.device) -> None:
+        task = prepare(config, device.type, Path(), source=source)
+        self._learner = build_learner(task, device, Display(quiet=True))
+        self.model = self._learner.body.config
+        self.rates: list[float] = []
+        """Tokens a second of each step."""
+        for _ in range(WARMING):
+            optimizer_step(self._learner)
+
+    def step(self) -> None:
+        """Take one, and the time."""
+        started, before = time.perf_counter(), self._learner.progress.tokens
+        optimizer_step(self._learner)
+        tokens = self._learner.progress.tokens - before
+        self.rates.append(tokens / (time.perf_counter() - started))
+
+
+def race(trial: Trial, rival: Trial | None) -> float:
+    """The tokens a second of ``trial``, beside a ``rival`` whose speed is known already.
+
+    They step by turns: a machine that is twice as fast in the next second says nothing about
+    which of two models is the faster.
+    """
     for _ in range(TIMED):
-        optimizer_step(learner)
-    speed = (learner.progress.tokens - tokens) / (time.perf_counter() - started)
-    return learner.body.config, speed
+        trial.step()
+        if rival:
+            rival.step()
+    if not rival:
+        return statistics.median(trial.rates)
+    pairs = zip(trial.rates[-TIMED:], rival.rates[-TIMED:], strict=True)
+    return statistics.median(rival.rates) * statistics.median(ours / its for ours, its in pairs)
 
 
 def schedule(choice: Choice, budget: float, scored: int) -> list[str]:
