@@ -2,7 +2,8 @@
 
 Each is the whole command in a process of its own, from start to exit, and each follows the clock:
 a recipe's schedule ends with the time too, so it is as good as it can be. nanogpt-char is nanoGPT's
-own model and settings. Losses are each run's last validation, over its own windows.
+own model and settings. Losses are of the checkpoint that each run leaves as its best, over its own
+validation windows.
 
     python benchmarks/budget.py shakespeare --text FILE --minutes 2 5 --record
     python benchmarks/budget.py shakespeare-core --text FILE --minutes 15 --beside --record
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from operator import itemgetter
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -38,8 +40,9 @@ def run(words: list[str], minutes: float, seed: int) -> dict[str, float]:
         started = time.perf_counter()
         subprocess.run([*command, f"train.seed={seed}"], check=True)
         seconds = time.perf_counter() - started
-        last = [event for event in read_metrics(out) if event["event"] == "eval"][-1]
-    found = {"bits": last["val_bpb"], "nats": last["val_loss"], "steps": last["step"]}
+        judged = [event for event in read_metrics(out) if event["event"] == "eval"]
+    best = min(judged, key=itemgetter("val_loss"))
+    found = {"bits": best["val_bpb"], "nats": best["val_loss"], "steps": judged[-1]["step"]}
     return found | {"time": seconds / (60 * minutes)}
 
 
