@@ -33,7 +33,7 @@ CHOSEN = "octavo train --budget"
 
 
 def run(words: list[str], minutes: float, seed: int) -> dict[str, float]:
-    """Train once; bits a byte, nats a token, and the time as a share of what was allowed."""
+    """Train once; the loss, the steps, and the time, also as a share of what was allowed."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         command = [*words, "--budget", f"{minutes}m", "--out", str(out), "--quiet"]
@@ -43,7 +43,7 @@ def run(words: list[str], minutes: float, seed: int) -> dict[str, float]:
         judged = [event for event in read_metrics(out) if event["event"] == "eval"]
     best = min(judged, key=itemgetter("val_loss"))
     found = {"bits": best["val_bpb"], "nats": best["val_loss"], "steps": judged[-1]["step"]}
-    return found | {"time": seconds / (60 * minutes)}
+    return found | {"seconds": seconds, "time": seconds / (60 * minutes)}
 
 
 def compare(contestants: dict[str, list[str]], minutes: float, asked: Any) -> list[dict[str, Any]]:

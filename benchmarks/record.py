@@ -29,10 +29,18 @@ def cpu_model() -> str:
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
+def gpu_models() -> list[str]:
+    """The GPUs, each by its maker's name."""
+    import torch
+
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
 def machine() -> str:
-    """Processor, cores and memory; no name of the machine."""
+    """Processor, cores, memory and GPUs; no name of the machine."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{os.cpu_count()} cores of {cpu_model()}, {memory:.0f} GiB, {platform.system()}"
+    known = [f"{os.cpu_count()} cores of {cpu_model()}", f"{memory:.0f} GiB", platform.system()]
+    return ", ".join([*known, *gpu_models()])
 
 
 def command() -> str:
@@ -48,9 +56,9 @@ def row(what: str, unit: str, *values: float) -> dict[str, Any]:
 
 
 def write(record: dict[str, Any]) -> Path:
-    """Write the record as records/NAME-CPU-DATE.json."""
-    cpu = re.sub(r"[^a-z0-9]+", "-", cpu_model().lower()).strip("-")
+    """Write the record as records/NAME-PROCESSOR-DATE.json, of the GPU where there is one."""
+    on = re.sub(r"[^a-z0-9]+", "-", next(iter(gpu_models()), cpu_model()).lower()).strip("-")
     RECORDS.mkdir(exist_ok=True)
-    path = RECORDS / f"{record['name']}-{cpu}-{datetime.date.today().isoformat()}.json"
+    path = RECORDS / f"{record['name']}-{on}-{datetime.date.today().isoformat()}.json"
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return path

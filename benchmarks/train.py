@@ -9,10 +9,11 @@ fp32) from the same weights on the same batches. litgpt has no learned positions
 mini transformer's model (rotary positions, LayerNorm, SwiGLU), and octavo that one beside it,
 called rotary. Before anything is timed, every parameter's gradient is compared with ours, in
 nanoGPT and litgpt, and the losses of ten steps in all. A peer's share of the matrix product is how
-much of the round it would have taken at that rate, by octavo's count of a step's operations; the
-product is PyTorch's, which is not the fastest on every processor, so that it may be above 1. Its
-memory is the most that its process held above what it held before it had a model. A peer that is
-not installed is named and left out.
+much of the round it would have taken at that rate, by octavo's count of a step's operations: its
+MFU, by what this machine is seen to multiply. Its memory is the most that its process held above
+what it held before it had a model. A peer that is not installed is named and left out.
+
+At the shape `124m-gpu` all train on a GPU, compiled and in bf16; gradients are compared in fp32.
 
 `first-step` starts the commands that people type and waits for their first optimizer step, with
 an empty cache for compiled code and then with what is in it; nanoGPT's validates one batch before.
@@ -29,7 +30,17 @@ from typing import Any
 
 import record
 from first_step import first_steps
-from measure import WITNESS, ForeignCpu, Peers, Work, finish, interval, measure, options
+from measure import (
+    WITNESS,
+    ForeignCpu,
+    Peers,
+    Work,
+    finish,
+    interval,
+    matrix_product,
+    measure,
+    options,
+)
 from record import row
 from tables import newest
 from train_peers import (
@@ -46,7 +57,8 @@ from train_peers import (
     writing_work,
 )
 
-LOSSES, GRADIENTS = 1e-4, 1e-5  # how far they may differ from ours, as a share of ours
+# How far losses and gradients may differ from ours, as a share of ours.
+CLOSE = {"cpu": (1e-4, 1e-5), "cuda": (1e-2, 1e-3)}
 ROTARY, WRITING = "octavo, rotary", "octavo, writing"
 GPT2 = "transformers.models.gpt2.modeling_gpt2"
 PAIRS = [  # of the same mathematics
@@ -57,14 +69,15 @@ PRESETS = ("tiny", "small", "medium", "large")
 PRESET_STEPS, PRESET_ROWS = 10_000, 32  # that its page gives times for
 
 
-def agree(seen: dict[str, Any], answers: dict[str, Any]) -> None:
+def agree(seen: dict[str, Any], device: str, answers: dict[str, Any]) -> None:
     """Keep the answers; raise unless losses and gradients are ours."""
+    near, nearer = CLOSE[device]
     for what, answer in answers.items():
         ours = answers[ROTARY if "rotary" in what else "octavo"]["losses"]
         for step, (loss, expected) in enumerate(zip(answer["losses"], ours, strict=False)):
-            if not math.isclose(loss, expected, rel_tol=LOSSES):
+            if not math.isclose(loss, expected, rel_tol=near):
                 raise SystemExit(f"error: loss {loss} of {what} at step {step}, not {expected}")
-        if answer["gap"] > GRADIENTS:
+        if answer["gap"] > nearer:
             raise SystemExit(f"error: a gradient of {what} is {answer['gap']:.2g} away from ours")
     seen.update(answers)
     first, *_, last = answers["octavo"]["losses"]
@@ -77,7 +90,10 @@ def derived(
     shape: Shape, seen: dict[str, Any], pairs: list[tuple[str, str]], figures: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """Intervals of the ratios, shares of the matrix product, and memory."""
+    import torch
+
     from octavo.model.counts import flops_per_token
+    from octavo.training.hardware import peak_flops
 
     def gigaflops(rotary: bool) -> float:  # of a token, forward and backward
         return 3 * flops_per_token(model_config(shape, rotary)) / 1e9
@@ -88,10 +104,14 @@ def derived(
     found.append(
         row("fewest milliseconds of a step", "ms", *(1e3 * step / rate for rate in product))
     )
+    data_sheet = peak_flops(torch.device("cuda"), torch.bfloat16) if shape.on_gpu else None
     for what in (what for what, answer in seen.items() if answer["losses"]):
         cost = gigaflops("rotary" in what)
         shares = [rate * cost / of for rate, of in zip(figures[what], product, strict=True)]
         found.append(row(f"{what}, share of the matrix product", "×", *shares))
+        if data_sheet:
+            mfu = [1e9 * rate * cost / data_sheet for rate in figures[what]]
+            found.append(row(f"{what}, MFU by the GPU's data sheet", "×", *mfu))
     memory = {what: answer["memory"] for what, answer in seen.items()}
     found += [row(f"{what}, memory", "MB", most) for what, most in memory.items()]
     return found + [row(f"{a} / {b}, memory", "×", memory[a] / memory[b]) for a, b in pairs]
@@ -102,10 +122,13 @@ def contestants(asked: Any, folder: Path) -> Peers:
     shape = SHAPES[asked.what]
     ours, theirs = (functools.partial(of, shape) for of in (octavo_work, rival_work))
     eager, compiled = (functools.partial(nanogpt, asked.nanogpt, of) for of in (False, True))
+    usual = compiled if shape.on_gpu else eager
     found: dict[str, Callable[[], Work]] = {
         "octavo": functools.partial(ours, False),
-        "nanoGPT": functools.partial(theirs, False, "peers", eager),
-        "transformers": functools.partial(theirs, False, GPT2, transformers),
+        "nanoGPT": functools.partial(theirs, False, "peers", usual),
+        "transformers": functools.partial(
+            theirs, False, GPT2, functools.partial(transformers, shape.on_gpu)
+        ),
     }
     if asked.compiled:
         found["octavo, compiled"] = functools.partial(ours, False, compiled=True)
@@ -128,7 +151,7 @@ def at_shape(asked: Any) -> None:
             new_run(Path(temporary) / "run", SHAPES[asked.what])
         pairs = [(a, b) for a, b in PAIRS if a in peers and b in peers]
         seen: dict[str, Any] = {}
-        check = functools.partial(agree, seen)
+        check = functools.partial(agree, seen, SHAPES[asked.what].device)
         derive = functools.partial(derived, SHAPES[asked.what], seen, pairs)
         measure(f"train-{asked.what}", peers, check, "tokens/s", asked, pairs, derive)
 
@@ -201,7 +224,9 @@ def main() -> None:
     asked.versions["nanoGPT"] = nanogpt_version(asked.nanogpt)
     if asked.what == "first-step":
         return first_step(asked)
-    asked.litgpt = is_there("litgpt")
+    shape = SHAPES[asked.what]
+    asked.witness = functools.partial(matrix_product, shape.device)
+    asked.litgpt = not shape.on_gpu and is_there("litgpt")
     if asked.litgpt:
         asked.versions |= record.versions("litgpt")
     return at_shape(asked)

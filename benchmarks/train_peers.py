@@ -26,7 +26,7 @@ LR, BETAS, DECAY, CLIP = 3e-4, (0.9, 0.99), 0.1, 1.0
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's sizes, the rows of its step, and the steps of a round."""
+    """A model's sizes, the rows of its step, the steps of a round, and where it is trained."""
 
     n_layer: int
     n_head: int
@@ -35,6 +35,12 @@ class Shape:
     rows: int
     steps: int
     vocab_size: int = 65  # Tiny Shakespeare's characters
+    device: str = "cpu"
+
+    @property
+    def on_gpu(self) -> bool:
+        """There steps are compiled, and multiply in bf16."""
+        return self.device == "cuda"
 
 
 SHAPES = {
@@ -45,6 +51,7 @@ SHAPES = {
     "medium": Shape(12, 8, 512, 512, rows=4, steps=1),
     "large": Shape(24, 12, 768, 1024, rows=1, steps=1),
     "124m": Shape(12, 12, 768, 1024, rows=1, steps=1, vocab_size=50_304),
+    "124m-gpu": Shape(12, 12, 768, 1024, rows=16, steps=10, vocab_size=50_304, device="cuda"),
 }
 
 
@@ -61,7 +68,8 @@ class Rival:
 def model_config(shape: Shape, rotary: bool) -> Any:
     from octavo.model_config import ModelConfig
 
-    sizes = {name: of for name, of in vars(shape).items() if name not in ("rows", "steps")}
+    names = ("n_layer", "n_head", "d_model", "block_size", "vocab_size")
+    sizes = {name: getattr(shape, name) for name in names}
     kind = {"position": "rope", "mlp": "swiglu"} if rotary else {"position": "learned"}
     return ModelConfig(**{"norm": "layernorm", "mlp": "gelu"} | kind | sizes)
 
@@ -77,17 +85,18 @@ def learner(shape: Shape, rotary: bool, compiled: bool = False) -> tuple[Any, fl
     from octavo.training.task import prepare
 
     optim = {"lr": LR, "betas": BETAS, "weight_decay": DECAY, "grad_clip": CLIP}
-    train = {"micro_batch_size": shape.rows, "max_steps": 10**6, "compile": compiled}
+    train = {"micro_batch_size": shape.rows, "max_steps": 10**6}
+    train |= {"compile": compiled or shape.on_gpu, "device": shape.device}
     with tempfile.TemporaryDirectory() as folder:
         config = Config(
             model=model_config(shape, rotary),
             data=DataConfig(source=str(random_text(Path(folder))), tokenizer="char"),
             optim=OptimConfig(**optim, warmup=0, schedule="constant"),
-            train=TrainConfig(**train, device="cpu"),
+            train=TrainConfig(**train),
         )
-        task = prepare(config, "cpu", Path(folder) / "run")
-    before = megabytes("VmRSS")
-    return build_learner(task, torch.device("cpu"), Display(quiet=True)), before
+        task = prepare(config, shape.device, Path(folder) / "run")
+    before = held(shape)
+    return build_learner(task, torch.device(shape.device), Display(quiet=True)), before
 
 
 def random_text(folder: Path) -> Path:
@@ -119,10 +128,12 @@ def rival_work(shape: Shape, rotary: bool, module: str, make: Callable[[Any], Ri
     rival = make(ours.model)
     gap = gradient_gap(ours, rival) if rival.names else 0.0
     batches = itertools.cycle([batch(ours, step) for step in range(STEPS_CHECKED + 1)])
+    autocast = ours.autocast if shape.on_gpu else contextlib.nullcontext
     del ours  # what is no longer there takes no memory
 
     def step() -> float:
-        value = rival.loss(*next(batches))
+        with autocast():
+            value = rival.loss(*next(batches))
         value.backward()
         torch.nn.utils.clip_grad_norm_(rival.model.parameters(), CLIP)
         rival.optimizer.step()
@@ -137,7 +148,9 @@ def batch(ours: Any, step: int) -> list[Any]:
     import torch
 
     rows = ours.task.config.train.batch_size
-    return [torch.from_numpy(of) for of in ours.task.batches.rows(step * rows, rows)]
+    return [
+        torch.from_numpy(of).to(ours.device) for of in ours.task.batches.rows(step * rows, rows)
+    ]
 
 
 def gradient_gap(ours: Any, rival: Rival) -> float:
@@ -164,22 +177,24 @@ def nanogpt(clone: Path, compiled: bool, ours: Any) -> Rival:
     import peers
     import torch
 
-    model: Any = peers.to_nanogpt(ours, clone)
+    model: Any = peers.to_nanogpt(ours, clone).to(ours.tok_emb.weight.device)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        optimizer = model.configure_optimizers(DECAY, LR, BETAS, "cpu")
+        optimizer = model.configure_optimizers(DECAY, LR, BETAS, ours.tok_emb.weight.device.type)
     forward = torch.compile(model) if compiled else model
     return Rival(model, optimizer, lambda x, y: forward(x, y)[1], peers.NANOGPT)
 
 
-def transformers(ours: Any) -> Rival:
+def transformers(compiled: bool, ours: Any) -> Rival:
     """GPT2LMHeadModel with PyTorch's AdamW as its defaults are."""
     import peers
+    import torch
     import torch.nn.functional as F
 
-    model: Any = peers.to_transformers(ours).train()
+    model: Any = peers.to_transformers(ours).to(ours.tok_emb.weight.device).train()
+    forward = torch.compile(model) if compiled else model
 
     def loss(x: Any, y: Any) -> Any:
-        return F.cross_entropy(model(x, use_cache=False).logits.flatten(0, 1), y.flatten())
+        return F.cross_entropy(forward(x, use_cache=False).logits.flatten(0, 1), y.flatten())
 
     return Rival(model, plain_adamw(model), loss)
 
@@ -224,12 +239,30 @@ def writing_work(run: Path) -> Work:
 def work(shape: Shape, step: Callable[[], float], before: float, gap: float = 0.0) -> Work:
     """The losses and the memory of the first steps as the answer, then many steps a round."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+    most_held = count_peak(shape)
     losses = [step() for _ in range(STEPS_CHECKED + 1)]
-    answer = {"losses": losses, "gap": gap, "memory": megabytes("VmHWM") - before}
+    answer = {"losses": losses, "gap": gap, "memory": most_held() - before}
     tokens = shape.steps * shape.rows * shape.block_size
     return Work(answer, functools.partial(timed, step, tokens, shape.steps))
+
+
+def held(shape: Shape) -> float:
+    """Megabytes of the memory there that this process holds: its own, or its GPU's."""
+    import torch
+
+    return torch.cuda.memory_allocated() / 1e6 if shape.on_gpu else megabytes("VmRSS")
+
+
+def count_peak(shape: Shape) -> Callable[[], float]:
+    """What tells the most megabytes that were held from now on."""
+    import torch
+
+    if shape.on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+        return lambda: torch.cuda.max_memory_allocated() / 1e6
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return lambda: megabytes("VmHWM")
 
 
 def megabytes(what: str) -> float:

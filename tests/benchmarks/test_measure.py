@@ -34,11 +34,11 @@ def equal(answers: dict[str, int]) -> None:
 def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> argparse.Namespace:
     """Ten recorded rounds on a quiet machine with a steady witness."""
     monkeypatch.setattr(record, "RECORDS", tmp_path / "records")
-    monkeypatch.setattr(measure, "matrix_product", partial(measure.Work, 0, partial(float, 50.0)))
     monkeypatch.setattr(measure.ForeignCpu, "share", lambda self: 0.01)
     monkeypatch.setattr(sys, "argv", ["/home/me/x.py", "--a=/home/me", "/home/me/b", "--record"])
     namespace = measure.options("a benchmark").parse_args(["--record", "--threads", "1"])
     namespace.versions = record.versions("numpy")
+    namespace.witness = partial(measure.Work, 0, partial(float, 50.0))
     return namespace
 
 
@@ -91,7 +91,7 @@ def test_a_busy_machine_is_refused_and_with_allow_noise_marked(
 
 
 def test_a_round_in_which_the_machine_was_slow_is_set_aside(
-    asked: argparse.Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    asked: argparse.Namespace, tmp_path: Path
 ):
     """The second of eleven rounds: the witness halves, and what was measured beside it goes too."""
 
@@ -100,18 +100,16 @@ def test_a_round_in_which_the_machine_was_slow_is_set_aside(
 
     witness = in_order(50.0, 50.0, 25.0, *[50.0] * 9)  # the first one warms up
     ours = in_order(30.0, 30.0, 99.0, *[30.0] * 9)
-    monkeypatch.setattr(measure, "matrix_product", partial(measure.Work, 0, witness))
+    asked.witness = partial(measure.Work, 0, witness)
     measure.measure("idle", {"ours": partial(measure.Work, 1, ours)}, equal, "rounds/s", asked)
     written = json.loads(records(tmp_path)[0].read_text(encoding="utf-8"))
     assert (written["rounds"], written["set_aside"], written["noisy"]) == (10, 1, False)
     assert written["results"][0]["high"] == 30.0
 
 
-def test_a_machine_that_is_never_steady_is_refused(
-    asked: argparse.Namespace, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_machine_that_is_never_steady_is_refused(asked: argparse.Namespace):
     witness = partial(list.pop, [50.0, 25.0, 25.0] * 10)
-    monkeypatch.setattr(measure, "matrix_product", partial(measure.Work, 0, witness))
+    asked.witness = partial(measure.Work, 0, witness)
     asked.allow_noise = False
     with pytest.raises(SystemExit, match="not quiet"):
         measure.measure("idle", peers({"ours": 1}), equal, "rounds/s", asked)

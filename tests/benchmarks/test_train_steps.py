@@ -78,7 +78,7 @@ def test_the_same_model_in_other_hands_agrees_and_is_timed():
     """A step of ours is the step of a plain script: loss for loss, gradient for gradient."""
     seen: dict[str, Any] = {}
     found = answers(0.0)
-    train.agree(seen, found)
+    train.agree(seen, "cpu", found)
     assert seen == found
     assert seen["nanoGPT"]["gap"] < 1e-5
     assert seen["octavo"]["losses"] == pytest.approx(seen["nanoGPT"]["losses"], rel=1e-6)
@@ -88,13 +88,13 @@ def test_the_same_model_in_other_hands_agrees_and_is_timed():
 def test_a_peer_whose_gradient_differs_in_one_parameter_is_not_timed():
     """A thousandth in one small vector: the losses of ten steps would hardly show it."""
     with pytest.raises(SystemExit, match=r"a gradient of nanoGPT is 0\.001"):
-        train.agree({}, answers(0.001))
+        train.agree({}, "cpu", answers(0.001))
 
 
 def test_a_peer_whose_loss_differs_is_not_timed():
     ours = {"losses": [2.0, 1.5], "gap": 0.0}
     with pytest.raises(SystemExit, match=r"loss 1\.6 of nanoGPT at step 1"):
-        train.agree({}, {"octavo": ours, "nanoGPT": ours | {"losses": [2.0, 1.6]}})
+        train.agree({}, "cpu", {"octavo": ours, "nanoGPT": ours | {"losses": [2.0, 1.6]}})
 
 
 def test_shares_of_the_matrix_product_count_three_forward_passes():
