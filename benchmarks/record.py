@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import statistics
 import sys
 from pathlib import Path
@@ -46,7 +47,7 @@ def machine() -> str:
 def command() -> str:
     """What was typed, without the paths of this machine."""
     words = [re.sub(r"[^=]*[/\\\\].*", "PATH", word) for word in sys.argv[1:]]
-    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words])
 
 
 def row(what: str, unit: str, *values: float) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> argparse.Namespace
     """Ten recorded rounds on a quiet machine with a steady witness."""
     monkeypatch.setattr(record, "RECORDS", tmp_path / "records")
     monkeypatch.setattr(measure.ForeignCpu, "share", lambda self: 0.01)
-    monkeypatch.setattr(sys, "argv", ["/home/me/x.py", "--a=/home/me", "/home/me/b", "--record"])
+    monkeypatch.setattr(sys, "argv", ["/home/me/x.py", "--a=/home/me", "/home/me/b", "a;b", "--record"])
     namespace = measure.options("a benchmark").parse_args(["--record", "--threads", "1"])
     namespace.versions = record.versions("numpy")
     namespace.witness = partial(measure.Work, 0, partial(float, 50.0))
@@ -55,7 +55,7 @@ def test_a_record_holds_medians_ranges_ratios_and_no_path(
     text = path.read_text(encoding="utf-8")
     assert "/home" not in text
     written = json.loads(text)
-    assert written["command"] == "python benchmarks/x.py --a=PATH PATH --record"
+    assert written["command"] == "python benchmarks/x.py --a=PATH PATH 'a;b' --record"
     assert not written["noisy"]
     rows = {row["what"]: (row["value"], row["unit"]) for row in written["results"]}
     assert rows == {
