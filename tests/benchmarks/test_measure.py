@@ -35,7 +35,9 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> argparse.Namespace
     """Ten recorded rounds on a quiet machine with a steady witness."""
     monkeypatch.setattr(record, "RECORDS", tmp_path / "records")
     monkeypatch.setattr(measure.ForeignCpu, "share", lambda self: 0.01)
-    monkeypatch.setattr(sys, "argv", ["/home/me/x.py", "--a=/home/me", "/home/me/b", "a;b", "--record"])
+    monkeypatch.setattr(
+        sys, "argv", ["/home/me/x.py", "--a=/home/me", "/home/me/b", "a;b", "--record"]
+    )
     namespace = measure.options("a benchmark").parse_args(["--record", "--threads", "1"])
     namespace.versions = record.versions("numpy")
     namespace.witness = partial(measure.Work, 0, partial(float, 50.0))
