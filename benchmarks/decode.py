@@ -95,7 +95,7 @@ if __name__ == "__main__":
     parser.add_argument("--nanogpt", type=Path, required=True, help="a clone of nanoGPT")
     asked = parser.parse_args()
     asked.versions = versions("octavo", "torch", "transformers")
-    asked.versions["nanoGPT"] = peers.nanogpt_version(asked.nanogpt)
+    asked.versions["nanoGPT"] = peers.version_of(asked.nanogpt)
     contestants = {
         "octavo, cached": functools.partial(octavo_work, True),
         "octavo, no cache": functools.partial(octavo_work, False),

@@ -117,7 +117,7 @@ def _without_biases(theirs: nn.Module) -> nn.Module:
     return theirs
 
 
-def nanogpt_version(clone: Path) -> str:
+def version_of(clone: Path) -> str:
     """The clone's commit."""
     git = ["git", "-C", str(clone), "rev-parse", "--short", "HEAD"]
     return subprocess.run(git, check=True, capture_output=True, text=True).stdout.strip()

@@ -218,10 +218,10 @@ def main() -> None:
         return presets(asked)
     if asked.nanogpt is None:
         parser.error("--nanogpt CLONE is needed: git clone https://github.com/karpathy/nanoGPT")
-    from peers import nanogpt_version  # not above: it imports PyTorch
+    from peers import version_of  # not above: it imports PyTorch
 
     asked.versions = record.versions("octavo", "torch", "transformers")
-    asked.versions["nanoGPT"] = nanogpt_version(asked.nanogpt)
+    asked.versions["nanoGPT"] = version_of(asked.nanogpt)
     if asked.what == "first-step":
         return first_step(asked)
     shape = SHAPES[asked.what]
