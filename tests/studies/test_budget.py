@@ -119,6 +119,16 @@ def test_a_text_read_often_gets_dropout(tmp_path, tried):
     assert chosen(path, 60, "model.dropout=0.3").model.dropout == 0.3
 
 
+def test_rates_rise_with_the_root_of_a_step_up_to_twice(text, tried):
+    """The recipe's 0.015 is for steps of 768 tokens."""
+    for budget in (30, 300, 30_000):
+        run = chosen(text, budget)
+        tokens = run.train.batch_size * run.model.block_size
+        rate = 0.015 * min((tokens / 768) ** 0.5, 2.0)
+        assert run.optim.lr == run.optim.muon_lr == pytest.approx(rate, rel=5e-3)
+    assert rate == 0.03
+
+
 def test_what_the_user_sets_holds(text, tried):
     words = ["model.n_embd=96", "model.n_layer=2", "model.n_head=3", "optim.lr=0.5"]
     run = chosen(text, 60, *words, "train.micro_batch_size=7", "model.qk_norm=false")

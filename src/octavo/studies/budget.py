@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from octavo.config import KNOWN, Config, load_config
+from octavo.config import KNOWN, RECIPES, Config, load_config
 from octavo.errors import ConfigError
 from octavo.language_model import choose_device
 from octavo.model.counts import count_parameters
@@ -37,6 +37,7 @@ STEPPING = 0.93  # of what is left after the trials goes into steps
 VALIDATING, MOST_VALIDATIONS = 0.03, 10  # and so much at most into validations
 STEP = 1.4  # a step's tokens, over the square root of all there are
 MOST_TOKENS = 8192  # in one forward pass
+RATE_TOKENS, MOST_STRETCH = 768, 2.0  # in a step that the recipe's rates are for; how far they rise
 A, ALPHA, B, BETA = 6.0e3, 0.6, 4.8e4, 0.3  # the law's constants
 AGAIN = 15.4  # epochs after which a text read once more teaches little
 DROPOUT = ((30, 0.2), (18, 0.1))  # from so much strain on
@@ -202,17 +203,22 @@ def race(trial: Trial, rival: Trial | None) -> float:
 
 
 def schedule(choice: Choice, budget: float, scored: int) -> list[str]:
-    """How large a step is, how many there are, and when ``scored`` tokens are validated on."""
+    """How large a step is, its rates, how many there are, and when ``scored`` tokens are validated
+    on. Rates rise with the root of a step's tokens (benchmarks/rates.py).
+    """
     T = choice.model.block_size
     rows = max(round(STEP * math.sqrt(choice.tokens) / T), 1)
     accum = math.ceil(rows * T / MOST_TOKENS)
     micro = math.ceil(rows / accum)
     steps = max(round(choice.tokens / (micro * accum * T)), 1)
+    stretch = min(math.sqrt(micro * accum * T / RATE_TOKENS), MOST_STRETCH)
+    rates = {name: RECIPES["modern"]["optim"][name] * stretch for name in ("lr", "muon_lr")}
     often = VALIDATING * budget * 3 * choice.speed / scored  # the forward pass is a third
     every = math.ceil(1.15 * steps / min(max(often, 1), MOST_VALIDATIONS))  # the last at the end
     return [
         f"train.micro_batch_size={micro}",
         f"train.grad_accum={accum}",
         f"train.max_steps={steps}",
+        *(f"optim.{name}={rate:.3g}" for name, rate in rates.items()),
         *(f"{what}={every}" for what in ("eval.every", "checkpoint.every", "log.sample_every")),
     ]
