@@ -2,7 +2,7 @@
 
     python benchmarks/train.py char --nanogpt CLONE --record           (or another of SHAPES)
     python benchmarks/train.py first-step --nanogpt CLONE --rounds 3 --record
-    python benchmarks/train.py presets --record     (two tables, from the records of its shapes)
+    python benchmarks/train.py presets --record  (three tables, from the records of all its shapes)
 
 At every shape all peers train one GPT-2 (without biases and dropout; AdamW, clipping at 1; eager,
 fp32) from the same weights on the same batches. litgpt has no learned positions: it trains the
@@ -167,7 +167,9 @@ def new_run(path: Path, shape: Shape) -> None:
 
 
 def presets(asked: Any) -> None:
-    """The mini transformer's two tables, of sizes and of times, from the newest records."""
+    """The mini transformer's two tables, of sizes and of times, and one of all shapes' ratios, from
+    the newest records.
+    """
     from octavo.model.counts import count_parameters
 
     sizes, times, measured = [], [], {}
@@ -183,9 +185,15 @@ def presets(asked: Any) -> None:
         tokens = PRESET_STEPS * PRESET_ROWS * shape.block_size
         hours = [tokens / known[ROTARY][rate] / 3600 for rate in ("low", "value", "high")]
         times.append(row(f"{name}: {PRESET_STEPS:,} steps of {PRESET_ROWS} rows", "h", *hours))
+    ratios = []
+    for name in (name for name, shape in SHAPES.items() if not shape.on_gpu):
+        known = {of["what"]: of for of in newest(f"train-{name}")["results"]}
+        for what, of in (("tokens/s", "95 % interval"), ("memory", "memory")):
+            ratios.append(known[f"octavo / nanoGPT, {of}"] | {"what": f"{name}: {what}"})
     facts = {name: measured[name] for name in ("versions", "rounds", "threads", "noisy")}
-    finish("presets-sizes", asked, sizes, facts)
-    finish("presets-times", asked, times, facts)
+    tables = {"presets-sizes": sizes, "presets-times": times, "train-ratios": ratios}
+    for name, rows in tables.items():
+        finish(name, asked, rows, facts)
 
 
 def first_step(asked: Any) -> None:

@@ -120,15 +120,21 @@ def test_the_presets_tables_are_made_of_their_shapes_records(
         names = (train.ROTARY, train.WRITING)
         results = [{"what": who, "unit": "tokens/s"} | rates for who in names]
         results += [{"what": f"{who}, memory", "unit": "MB"} | rates for who in names]
+        rivals = ("95 % interval", "memory")
+        results += [{"what": f"octavo / nanoGPT, {of}", "unit": "×"} | rates for of in rivals]
         return {"versions": {}, "rounds": 10, "threads": 2, "noisy": False, "results": results}
 
     monkeypatch.setattr(train, "newest", measured)
     monkeypatch.setattr(record, "RECORDS", tmp_path)
     train.presets(argparse.Namespace(record=True))
     written = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(tmp_path.iterdir())]
-    assert [of["name"] for of in written] == ["presets-sizes", "presets-times"]
-    sizes, times = ({row["what"]: row for row in of["results"]} for of in written)
+    assert [of["name"] for of in written] == [
+        "presets-sizes", "presets-times", "train-ratios",
+    ]  # fmt: skip
+    sizes, times, ratios = ({row["what"]: row for row in of["results"]} for of in written)
     assert sizes["tiny: parameters"]["value"] == 861_440
+    assert list(ratios)[:3] == ["char: tokens/s", "char: memory", "seed-char: tokens/s"]
+    assert ratios["124m: memory"]["low"] == 2048.0
     assert sizes["large: memory of training, 1 row"]["value"] == 4096.0
     hours = times["tiny: 10,000 steps of 32 rows"]
     assert [3600 * hours[key] for key in ("low", "value", "high")] == [5000, 10_000, 20_000]
