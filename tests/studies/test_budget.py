@@ -37,7 +37,7 @@ class Machine:
     def __init__(self, monkeypatch):
         machine, self.widths = self, []
 
-        class Trial:
+        class Trial(budget_module.Trial):
             def __init__(self, config, source, device):
                 self.model = ModelConfig(**{**vars(config.model), "vocab_size": source.vocab_size})
                 self.rates = []
@@ -97,6 +97,19 @@ def test_models_are_told_apart_on_a_machine_whose_speed_swings(machine, phase):
         )
         budget_module.race(small, None)
         assert budget_module.race(large, small) == statistics.median(small.rates) / 4
+
+
+def test_models_are_compared_in_the_same_seconds(text, machine, monkeypatch):
+    """Slower from one trial to the next: what the best was seen to do before counts no longer."""
+    compared: list[Choice] = []
+    excess = Choice.excess.fget
+    monkeypatch.setattr(Choice, "excess", property(lambda of: compared.append(of) or excess(of)))
+    machine.speeds = (1e9 * 0.9**step for step in itertools.count())
+    chosen(text, 300, "model.dropout=0")
+    assert compared
+    for choice, best in zip(compared[::2], compared[1::2], strict=True):
+        sizes = [of.model.n_layer * of.model.d_model**2 for of in (choice, best)]
+        assert choice.speed / best.speed == pytest.approx(sizes[1] / sizes[0], rel=0.12)
 
 
 def test_the_law_prefers_new_tokens_to_old_ones_and_large_models_to_small_ones():

@@ -123,12 +123,14 @@ def choose(
     given = {name for settings_of in known for name in settings_of.get("model", {})}
     token_bytes = bytes_of_a_token(source)
 
-    def tried(words: list[str], rival: Trial | None) -> tuple[Choice, Trial]:
-        trial = Trial(wish([*words, "train.compile=false"]), source, device)
-        speed = race(trial, rival)
+    def expected(words: list[str], model: ModelConfig, speed: float) -> Choice:
         left = max(began + budget - time.monotonic(), 0.0)
         tokens = max(STEPPING * speed * left, 1.0)
-        return Choice(words, trial.model, speed, tokens, len(source.train), token_bytes), trial
+        return Choice(words, model, speed, tokens, len(source.train), token_bytes)
+
+    def tried(words: list[str], rival: Trial | None) -> tuple[Choice, Trial]:
+        trial = Trial(wish([*words, "train.compile=false"]), source, device)
+        return expected(words, trial.model, race(trial, rival)), trial
 
     best: Choice | None = None
     leader: Trial | None = None
@@ -136,10 +138,14 @@ def choose(
     for width in [0] if {"d_model", "n_layer", "n_head"} & given else LAYERS:
         choice, trial = tried(shape(width, len(source.val)), leader)
         if dropout := dropout_for(choice.strain):  # which takes time of its own
+            speed = choice.speed / trial.speed  # from one rival to the other
             choice, trial = tried([*choice.words, f"model.dropout={dropout}"], trial)
+            choice = expected(choice.words, choice.model, choice.speed * speed)
         display.say(f"  {choice}")
-        if best and choice.excess >= best.excess:
-            break
+        if best and leader:  # which raced in the same seconds, not in those of its own trial
+            best = expected(best.words, best.model, leader.speed)
+            if choice.excess >= best.excess:
+                break
         best, leader = choice, trial
         if time.monotonic() - trying > TRYING * budget:
             break
@@ -178,6 +184,11 @@ class Trial:
         for _ in range(WARMING):
             optimizer_step(self._learner)
 
+    @property
+    def speed(self) -> float:
+        """Tokens a second, of the middle one of its steps."""
+        return statistics.median(self.rates)
+
     def step(self) -> None:
         """Take one, and the time."""
         started, before = time.perf_counter(), self._learner.progress.tokens
@@ -197,9 +208,9 @@ def race(trial: Trial, rival: Trial | None) -> float:
         if rival:
             rival.step()
     if not rival:
-        return statistics.median(trial.rates)
+        return trial.speed
     pairs = zip(trial.rates[-TIMED:], rival.rates[-TIMED:], strict=True)
-    return statistics.median(rival.rates) * statistics.median(ours / its for ours, its in pairs)
+    return rival.speed * statistics.median(ours / its for ours, its in pairs)
 
 
 def schedule(choice: Choice, budget: float, scored: int) -> list[str]:
