@@ -142,6 +142,20 @@ def test_rates_rise_with_the_root_of_a_step_up_to_twice(text, tried):
     assert rate == 0.03
 
 
+def test_what_is_read_often_decays_more(tmp_path, tried):
+    """One epoch wants the recipe's 0.1, nine four times that."""
+    path = tmp_path / "text.txt"
+    decays = []
+    for repeats in (400_000, 10_000, 100):
+        path.write_text("The quick brown fox.\n" * repeats, encoding="utf-8")
+        run = chosen(path, 300, "model.d_model=64", "model.n_head=2", "model.n_layer=3")
+        tokens = run.train.max_steps * run.train.batch_size * run.model.block_size
+        epochs = tokens / (0.9 * 21 * repeats)
+        decays.append(run.optim.weight_decay)
+        assert decays[-1] == pytest.approx(min(max(0.05 * epochs, 0.1), 0.4), rel=0.1)
+    assert (decays[0], decays[-1]) == (0.1, 0.4)
+
+
 def test_what_the_user_sets_holds(text, tried):
     words = ["model.n_embd=96", "model.n_layer=2", "model.n_head=3", "optim.lr=0.5"]
     run = chosen(text, 60, *words, "train.micro_batch_size=7", "model.qk_norm=false")

@@ -41,6 +41,8 @@ RATE_TOKENS, MOST_STRETCH = 768, 2.0  # in a step that the recipe's rates are fo
 A, ALPHA, B, BETA = 6.0e3, 0.6, 4.8e4, 0.3  # the law's constants
 AGAIN = 15.4  # epochs after which a text read once more teaches little
 DROPOUT = ((30, 0.2), (18, 0.1))  # from so much strain on
+DECAY, DECAY_AN_EPOCH, MOST_DECAY = 0.1, 0.05, 0.4
+"""Weight decay against learning by heart: the least, how it grows with the epochs, the most."""
 SEEN = 100_000  # tokens whose bytes are counted
 
 
@@ -215,7 +217,7 @@ def race(trial: Trial, rival: Trial | None) -> float:
 
 def schedule(choice: Choice, budget: float, scored: int) -> list[str]:
     """How large a step is, its rates, how many there are, and when ``scored`` tokens are validated
-    on. Rates rise with the root of a step's tokens (benchmarks/rates.py).
+    on. Rates rise with the root of a step's tokens (benchmarks/rates.py), weight decay with epochs.
     """
     T = choice.model.block_size
     rows = max(round(STEP * math.sqrt(choice.tokens) / T), 1)
@@ -224,12 +226,14 @@ def schedule(choice: Choice, budget: float, scored: int) -> list[str]:
     steps = max(round(choice.tokens / (micro * accum * T)), 1)
     stretch = min(math.sqrt(micro * accum * T / RATE_TOKENS), MOST_STRETCH)
     rates = {name: RECIPES["modern"]["optim"][name] * stretch for name in ("lr", "muon_lr")}
+    decay = min(max(DECAY_AN_EPOCH * choice.epochs, DECAY), MOST_DECAY)
     often = VALIDATING * budget * 3 * choice.speed / scored  # the forward pass is a third
     every = math.ceil(1.15 * steps / min(max(often, 1), MOST_VALIDATIONS))  # the last at the end
     return [
         f"train.micro_batch_size={micro}",
         f"train.grad_accum={accum}",
         f"train.max_steps={steps}",
+        f"optim.weight_decay={decay:.2g}",
         *(f"optim.{name}={rate:.3g}" for name, rate in rates.items()),
         *(f"{what}={every}" for what in ("eval.every", "checkpoint.every", "log.sample_every")),
     ]
