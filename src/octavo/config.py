@@ -99,7 +99,7 @@ class TrainConfig(Group, path="train"):
     seed: Annotated[int, (0, 2**63 - 1)] = 1337
     """Keys every draw: initial weights, data order, dropout, samples."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Autocast; auto: bf16 on GPUs that have it, fp32 on CPUs."""
+    """Autocast; auto: bf16 on GPUs that have it, else fp32."""
     compile: Literal["auto"] | bool = "auto"
     """torch.compile; auto: when the run is long enough to pay for it, falling back in one line."""
     device: str = "auto"

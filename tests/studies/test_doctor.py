@@ -16,10 +16,12 @@ from octavo.training.memory import Conditions, training_memory
 
 MACHINE = Machine(
     device="cpu", device_name="a processor", torch="2.13.0", threads=2, cores=2, load=0.1,
-    instructions="AVX2", gflops=100.0, bf16_gain=0.8, compiler="g++", compile_problem="",
-    native_problem="", unused_gpu=False, memory_total=2**34, memory_free=2**33, disk_free=2**40,
+    instructions="AVX2", gflops=100.0, half="bf16", half_gain=0.8, compiler="g++",
+    compile_problem="", native_problem="", unused_gpu=False, memory_total=2**34,
+    memory_free=2**33, disk_free=2**40,
 )  # fmt: skip
-GPU = dataclasses.replace(MACHINE, device="cuda", bf16_gain=8.0)
+GPU = dataclasses.replace(MACHINE, device="cuda", half_gain=8.0)
+OLD_GPU = dataclasses.replace(GPU, half="fp16")
 FALLING = [(step, 4.0 - 0.02 * step) for step in range(100)]
 STUCK = [(step, 4.0) for step in range(100)]
 
@@ -168,6 +170,13 @@ BULLETS = [
         "train.compile=true",
     ),
     ("Use mixed precision", "half_precision_speed", (None, GPU), facts(), "train.precision=bf16"),
+    (
+        "Use mixed precision on an old GPU",
+        "half_precision_speed",
+        (None, OLD_GPU),
+        facts(),
+        "train.precision=fp16",
+    ),
     (
         "Enable FlashAttention",
         "flash_attention",

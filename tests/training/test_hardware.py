@@ -8,6 +8,8 @@ from octavo.model.counts import flops_per_token
 from octavo.model.gpt import GPT
 from octavo.training import hardware
 from octavo.training.hardware import PEAKS, flops_a_token, peak_flops, peak_memory
+from octavo.training.learner import choose_precision
+from octavo.training.muon import multiplies_bf16
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -61,3 +63,16 @@ def test_memory_is_the_most_that_was_held_and_does_not_fall():
     assert 200e6 < most < 1e12
     del held
     assert peak_memory(CPU) >= most
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_bf16_that_a_gpu_only_imitates_is_not_chosen(monkeypatch, has_bf16):
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation=True: has_bf16 or including_emulation,
+    )
+    expected = torch.bfloat16 if has_bf16 else torch.float32
+    assert choose_precision("auto", CUDA) == expected
+    assert multiplies_bf16("cuda") == has_bf16
+    assert choose_precision("auto", CPU) == torch.float32

@@ -100,3 +100,22 @@ def test_optimizer_state_survives_the_round_trip(name):
     load_optimizer_tensors(other, second, optimizer_tensors(optimizer, first))
     for mine, theirs in zip(trained(2, optimizer, first), trained(2, other, second), strict=True):
         assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_loaded_state_lies_where_pytorch_puts_its_own(fused):
+    # A GPU's fused step counts there; "meta" stands for a device that is not the CPU.
+    model, elsewhere = (torch.nn.Linear(2, 2, device=device) for device in ("cpu", "meta"))
+    trained, other = (build_optimizer(of, OptimConfig()) for of in (model, elsewhere))
+    model(torch.ones(2)).sum().backward()
+    trained.step()
+    other.defaults["fused"] = fused
+    load_optimizer_tensors(other, elsewhere, optimizer_tensors(trained, model))
+    ours = {name: t.device for name, t in optimizer_tensors(other, elsewhere).items()}
+    state = trained.state_dict()
+    for group in state["param_groups"]:
+        group["fused"] = fused
+    other.load_state_dict(state)
+    theirs = {name: t.device for name, t in optimizer_tensors(other, elsewhere).items()}
+    assert ours == theirs
+    assert ours["weight.step"].type == ("meta" if fused else "cpu")

@@ -166,7 +166,7 @@ def label_probabilities(classifier: Classifier, rows: Sequence[np.ndarray]) -> n
         last = torch.tensor([len(row) - 1 for row in ids], device=device)
         states = classifier.hidden(pad_sequence(ids, batch_first=True).to(device))
         logits = classifier.head(states[torch.arange(len(ids), device=device), last])
-        found[chosen] = F.softmax(logits.double(), dim=-1).cpu().numpy()
+        found[chosen] = F.softmax(logits.cpu().double(), dim=-1).numpy()
     classifier.train(was_training)
     return found
 

@@ -57,7 +57,8 @@ def _lines(machine: "Machine", run: "RunFacts | None", findings: "list[Finding]"
 
 
 def _machine(machine: "Machine") -> list[tuple[str, str]]:
-    speed = f"fp32 products at {machine.gflops:,.0f} GFLOP/s, bf16 {machine.bf16_gain:.1f} x that"
+    half = f"{machine.half} {machine.half_gain:.1f} x that"
+    speed = f"fp32 products at {machine.gflops:,.0f} GFLOP/s, {half}"
     native = machine.native_problem or f"built, {machine.instructions}"
     free, total = size(machine.memory_free), size(machine.memory_total)
     return [

@@ -160,6 +160,6 @@ def _add(
         wanted = logits.gather(1, torch.tensor(targets[part], device=logits.device)[:, None])[:, 0]
         highest = logits.amax(1)
         total = logits.sub_(highest[:, None]).exp_().sum(1)
-        logprobs = (wanted - highest - total.log()).double().cpu().numpy()
+        logprobs = (wanted - highest - total.log()).cpu().double().numpy()
         np.add.at(found.logprobs, numbers[part], logprobs)
         np.logical_and.at(found.greedy, numbers[part], (wanted == highest).cpu().numpy())

@@ -171,7 +171,7 @@ def _add_end(model: GPT, stock: GPT) -> None:
     ids = torch.randint(0, vocab_size, shape, generator=torch.Generator().manual_seed(0))
     states = torch.cat([model.hidden(row[None].to(device))[0] for row in ids])  # (N, D)
     best = torch.cat([model.lm_head(s)[:, :vocab_size].amax(1) for s in states.split(1024)])
-    x = states.double().cpu()
+    x = states.cpu().double()
     gram, wanted = x.T @ x, x.new_full((len(x),), -100.0)
     ridge = 1e-6 * gram.diagonal().mean() * torch.eye(len(gram))
     fitted = torch.linalg.solve(gram + ridge, x.T @ wanted)

@@ -25,6 +25,7 @@ from octavo.reporting.report import read_metrics
 from octavo.training.hardware import peak_flops
 from octavo.training.learner import choose_precision
 from octavo.training.memory import Conditions, free_memory
+from octavo.training.muon import multiplies_bf16
 
 Points = list[tuple[int, float]]
 """Losses in nats a token, by step."""
@@ -44,8 +45,10 @@ class Machine:
     instructions: str
     gflops: float
     """Of an fp32 matrix product: measured on a CPU, a GPU's by its name; 0: unknown."""
-    bf16_gain: float
-    """How many times faster a bf16 product is; below 1: slower, 0: unknown."""
+    half: str
+    """The two-byte numbers it is best at: bf16, or fp16 where a GPU would only imitate them."""
+    half_gain: float
+    """How many times faster a product of these is; below 1: slower, 0: unknown."""
     compiler: str
     """The C++ compiler; empty: none."""
     compile_problem: str
@@ -96,7 +99,7 @@ def examine_machine(folder: Path) -> Machine:
     """Look at this machine; ``folder`` is where runs would be written."""
     device = choose_device()
     cuda = device.type == "cuda"
-    fp32, bf16 = (peak_flops(device, kind) or 0.0 for kind in (torch.float32, torch.bfloat16))
+    fp32, half = (peak_flops(device, kind) or 0.0 for kind in (torch.float32, torch.bfloat16))
     compiler, native_problem = "", ""
     with contextlib.suppress(NoLibraryError):
         compiler = find_compiler()[0]
@@ -113,7 +116,8 @@ def examine_machine(folder: Path) -> Machine:
         load=os.getloadavg()[0] / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else 0.0,
         instructions=instruction_set(),
         gflops=fp32 / 1e9,
-        bf16_gain=bf16 / fp32 if fp32 else 0.0,
+        half="fp16" if cuda and not multiplies_bf16(device.type) else "bf16",
+        half_gain=half / fp32 if fp32 else 0.0,
         compiler=compiler,
         compile_problem=_compile_problem(device.type, compiler),
         native_problem=native_problem,

@@ -82,7 +82,8 @@ def _memory(machine: Machine, run: RunFacts) -> Iterator[Finding]:
     half = dataclasses.replace(conditions, half=True)  # activations in two bytes
     possible = machine.device != "cpu" and not conditions.half
     if possible and training_memory(config, half).peak <= room:
-        yield Finding("half_precision_memory", what, "train.precision=bf16 fits")
+        fix = f"train.precision={machine.half} fits"
+        yield Finding("half_precision_memory", what, fix)
     again = _with(config, "train", grad_checkpoint=True)  # activations not kept
     if training_memory(again, conditions).peak <= room:
         fix = "train.grad_checkpoint=true fits, for about a third more time"
@@ -160,10 +161,10 @@ def _speed(machine: Machine, run: RunFacts) -> Iterator[Finding]:
     """Slow training."""
     device, model, train = machine.device, run.config.model, run.config.train
     on_cpu, half = device == "cpu", run.conditions.half
-    if not on_cpu and not half and machine.bf16_gain >= 1.5:  # on CPUs autocast costs more
-        gain = f"{machine.bf16_gain:.1f} times as fast here"
-        what = f"a bf16 matrix product is {gain}, this uses fp32"
-        yield Finding("half_precision_speed", what, "train.precision=bf16")
+    if not on_cpu and not half and machine.half_gain >= 1.5:  # on CPUs autocast costs more
+        gain = f"{machine.half_gain:.1f} times as fast here"
+        what = f"a product of {machine.half} matrices is {gain}, this uses fp32"
+        yield Finding("half_precision_speed", what, f"train.precision={machine.half}")
     pays = COMPILE_PAYS_AFTER.get(device)
     compiled = train.compile is True or bool(machine.compile_problem)
     if pays is not None and run.seconds >= pays and not compiled:
@@ -184,7 +185,7 @@ def _speed(machine: Machine, run: RunFacts) -> Iterator[Finding]:
         yield Finding("flash_attention", what, fix)
     if device == "cuda" and not half:
         what = "FlashAttention works in bf16 and fp16, and this uses fp32"
-        yield Finding("flash_attention", what, "train.precision=bf16")
+        yield Finding("flash_attention", what, f"train.precision={machine.half}")
     cache, weights = cache_bytes(model), 4 * run.parameters
     if model.n_kv_head > 1 and 2 * cache >= weights:  # of one text: half the model
         what = f"the keys and values of one text take {size(cache)}, the model {size(weights)}"

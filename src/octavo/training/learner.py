@@ -23,6 +23,7 @@ from octavo.training.canonical import canonical_gradients, prepare_canonical
 from octavo.training.display import Display
 from octavo.training.loss import cross_entropy
 from octavo.training.metrics import layer_norms, layer_updates, weights_before
+from octavo.training.muon import multiplies_bf16
 from octavo.training.optim import (
     build_optimizer,
     dropout_at,
@@ -262,7 +263,7 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
             "train.precision=fp16 needs a GPU", fix="on a CPU choose train.precision=bf16 or fp32"
         )
     if name == "auto":
-        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        bf16 = device.type == "cuda" and multiplies_bf16(device.type)
         name = "bf16" if bf16 else "fp32"
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 

@@ -48,7 +48,9 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tenso
 
 def multiplies_bf16(device: str) -> bool:
     """Whether bfloat16, precise enough for a direction, is multiplied faster than fp32 there."""
-    return device == "cuda" or (device == "cpu" and torch.cpu._is_avx512_bf16_supported())
+    if device == "cuda":  # a GPU from before 2020 imitates it, slowly
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 class Muon(torch.optim.AdamW):

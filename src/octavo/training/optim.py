@@ -95,10 +95,10 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Put back what `optimizer_tensors` gave."""
-    parameters = dict(model.named_parameters())
+    """Put back what `optimizer_tensors` gave, each tensor where the optimizer expects it."""
+    parameters, fused = dict(model.named_parameters()), optimizer.defaults["fused"]
     for key, value in tensors.items():
         name, _, kind = key.rpartition(".")
         parameter = parameters[name]
-        on_device = value if kind == "step" else value.to(parameter.device)
-        optimizer.state[parameter][kind] = on_device.clone()
+        there = kind != "step" or fused  # which count their steps on the GPU, others on the CPU
+        optimizer.state[parameter][kind] = (value.to(parameter.device) if there else value).clone()
