@@ -12,19 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from octavo.exchanging import nanogpt
 from octavo.model.gpt import GPT
 
-SHARED = {"tok_emb": "transformer.wte", "norm_f": "transformer.ln_f", "lm_head": "lm_head"}
-NANOGPT = SHARED | {
-    "pos_emb": "transformer.wpe",
-    "attn_norm": "ln_1",
-    "attn.qkv": "attn.c_attn",
-    "attn.o_proj": "attn.c_proj",
-    "mlp_norm": "ln_2",
-    "mlp.up_proj": "mlp.c_fc",
-    "mlp.down_proj": "mlp.c_proj",
-}
-LITGPT = SHARED | {
+NANOGPT = nanogpt.NANOGPT.outer | nanogpt.NANOGPT.inner
+LITGPT = {
+    "tok_emb": "transformer.wte",
+    "norm_f": "transformer.ln_f",
+    "lm_head": "lm_head",
     "attn_norm": "norm_1",
     "attn.qkv": "attn.qkv",
     "attn.o_proj": "attn.proj",
