@@ -46,6 +46,13 @@ def test_figures_are_one_json_object(run, capsys, tmp_path):
     assert json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
 
 
+def test_a_device_that_the_profiler_does_not_see_is_refused(run, capsys):
+    """PyTorch's has no eyes on Apple's GPUs: it would time how they are asked."""
+    assert octavo("profile", run, "--steps", "1", "--device", "meta") == 2
+    assert "what meta does cannot be timed" in (said := capsys.readouterr().err)
+    assert "--device cpu" in said
+
+
 def test_the_text_of_a_run_may_be_gone(run, capsys):
     (run.parent / "sea.txt").rename(run.parent / "gone.txt")
     try:

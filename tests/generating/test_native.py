@@ -4,44 +4,42 @@ import ctypes
 import dataclasses
 import os
 import threading
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from engine_kit import (
+    GREEDY,
+    PROMPTS,
+    VOCAB,
+    make_model,
+    make_slot,
+    native_engine,
+    native_model,
+    written,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_kit import random_model
 
 from octavo.adapting.quantize import choose_storage, is_matrix, quantize
 from octavo.config import ModelConfig
-from octavo.errors import CheckpointError, ConfigError, NonFiniteError, ResourceError
+from octavo.errors import CheckpointError, ConfigError, ResourceError
 from octavo.generating import native, native_structures
 from octavo.generating.choosing import tell_once
 from octavo.generating.engine import TorchEngine
 from octavo.generating.native import NativeEngine, NativeModel, as_stored, rope_table
 from octavo.generating.native_build import load_library
-from octavo.generating.sampling import PRESETS, Sampling, pick, top_logprobs
-from octavo.generating.writing import Slot
+from octavo.generating.sampling import PRESETS, Sampling, pick
 from octavo.model.counts import count_parameters, tensor_shapes
 from octavo.model.gpt import GPT
 from octavo.model.layers import rope_table as torch_rope_table
 from octavo.model_config import RopeScaling
 from octavo.packed import Storage, Stored, dequantize, pack
 
-VOCAB = 29
-GREEDY = PRESETS["greedy"]
-SAMPLED = Sampling(temperature=0.9, top_p=0.95, repetition_penalty=1.1, frequency_penalty=0.2)
-PROMPTS = [[3], [1, 2, 3, 4, 5], list(range(13)), [5, 4] * 20, [9, 9, 9]]
 # The largest difference of a logit, as a share of the largest logit: in all, and a layer; derived
 # in native.py.
 FP32_BOUND = 1e-4
 BOUNDS = {"fp16": 2**-9, "int8": 2**-9, "int4": 8 / 127}
-
-
-def make_model(seed=0, **changes):
-    shape = {"vocab_size": VOCAB, "block_size": 16, "n_layer": 2, "n_head": 2, "d_model": 16}
-    return random_model(ModelConfig(**{**shape, **changes}), seed)
 
 
 def make_steady_model(seed, **config):
@@ -54,12 +52,6 @@ def make_steady_model(seed, **config):
         else:
             parameter.data += 0.1 * torch.randn_like(parameter)
     return model
-
-
-def plain(model):
-    """A PyTorch model's own weights for the native engine."""
-    state = model.state_dict()
-    return NativeModel(model.config, {n: as_stored(t.detach().numpy()) for n, t in state.items()})
 
 
 def quantized(model, precision, rng=None):
@@ -85,34 +77,13 @@ def quantized(model, precision, rng=None):
     return NativeModel(model.config, stored), reference
 
 
-def make_slot(index, prompt, sampling=SAMPLED, n=0, **more):
-    return Slot(index, list(prompt), n, sampling, len(prompt), **more)
-
-
-def written(engine, prompts, count, sampling=SAMPLED, most=1, logprobs=0):
-    """What is written after each prompt when all are stepped together; with it each id's top."""
-    slots = [make_slot(i, p, sampling, logprobs=logprobs) for i, p in enumerate(prompts)]
-    tops = [[] for _ in slots]
-    while active := [slot for slot in slots if len(slot.ids) < slot.prompt_length + count]:
-        for slot in active:
-            slot.left = slot.prompt_length + count - len(slot.ids)
-        for slot, ids in zip(active, engine.step(active, most), strict=True):
-            assert 1 <= len(ids) <= min(most, slot.left)
-            slot.ids.extend(ids)
-            tops[slot.index].extend(slot.top)
-    for slot in slots:
-        engine.release(slot.index)
-    texts = [slot.ids[slot.prompt_length :] for slot in slots]
-    return (texts, tops) if logprobs else texts
-
-
 def instruction_sets():
     """Those that this processor has."""
     found = []
     for isa in ("avx512vnni", "avx512", "avx2", "neon", "scalar"):
         os.environ["OCTAVO_ISA"] = isa
         try:
-            NativeEngine(plain(make_model()), threads=1)
+            native_engine(make_model(), threads=1)
             found.append(isa)
         except ConfigError:
             pass
@@ -168,7 +139,7 @@ def test_fp32_logits_are_pytorchs(isas, config, seed, chunk, data):
     ids = np.random.default_rng(seed).integers(0, VOCAB, 21).tolist()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OCTAVO_ISA", data.draw(st.sampled_from(isas)))
-        engine = NativeEngine(plain(model), threads=1 + seed % 2, chunk=chunk)
+        engine = native_engine(model, threads=1 + seed % 2, chunk=chunk, vocab=VOCAB)
         compare(model, engine.logits(ids), ids, FP32_BOUND)
 
 
@@ -216,29 +187,11 @@ def test_the_tensors_there_must_be_are_the_models(config):
     assert tensor_shapes(ModelConfig(**config)) == shapes
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("position", ["learned", "rope", "both", "none"])
-def test_it_writes_what_pytorch_writes(position, sampling):
-    """Far past block_size, from prompts shorter and longer than it, one token a step and many."""
-    model = make_model(position=position, n_kv_head=1)
-    expected = written(TorchEngine(model, slots=len(PROMPTS)), PROMPTS, 40, sampling)
-    for chunk, threads, most in ((1, 2, 1), (3, 1, 7), (64, 2, 64)):
-        engine = NativeEngine(plain(model), len(PROMPTS), threads=threads, chunk=chunk)
-        assert written(engine, PROMPTS, 40, sampling, most) == expected
-
-
-@pytest.mark.parametrize("block_size", [1, 2, 3])
-def test_the_shortest_windows(block_size):
-    model = make_model(block_size=block_size)
-    expected = written(TorchEngine(model, slots=5), PROMPTS, 12)
-    assert written(NativeEngine(plain(model), 5, threads=2), PROMPTS, 12, most=5) == expected
-
-
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
 def test_every_bit_is_the_same_alone_in_a_batch_in_chunks_and_with_any_threads(isas, precision):
     """Log-probabilities are compared as they are, not approximately."""
     model = make_model(d_model=48, n_head=3, d_ff=80, block_size=24, n_kv_head=1)
-    weights = plain(model) if precision == "fp32" else quantized(model, precision)[0]
+    weights = native_model(model) if precision == "fp32" else quantized(model, precision)[0]
     for isa in isas:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("OCTAVO_ISA", isa)
@@ -284,51 +237,11 @@ DRAFTED = None
 def drafted():
     """One engine for all the examples of a property."""
     global DRAFTED
-    DRAFTED = NativeEngine(plain(make_model(n_kv_head=1)), threads=2)
+    DRAFTED = native_engine(make_model(n_kv_head=1), threads=2)
 
 
-def test_rows_that_join_and_leave_write_as_if_alone():
-    model = plain(make_model())
-    expected = [written(NativeEngine(model, threads=1), [p], 25)[0] for p in PROMPTS]
-    engine, waiting, free = NativeEngine(model, 3, threads=2), list(enumerate(PROMPTS)), [2, 0, 1]
-    active, texts = {}, {}
-    while waiting or active:
-        if waiting and free:
-            number, prompt = waiting.pop(0)
-            active[number] = make_slot(free.pop(0), prompt, left=25)
-        slots = list(active.values())[::-1]  # the order of a call means nothing
-        for slot, ids in zip(slots, engine.step(slots, 4), strict=True):
-            slot.ids.extend(ids)
-            slot.left -= len(ids)
-        for number, slot in [pair for pair in active.items() if not pair[1].left]:
-            texts[number] = slot.ids[slot.prompt_length :]
-            engine.release(slot.index)
-            free.append(active.pop(number).index)
-    assert [texts[number] for number in range(len(PROMPTS))] == expected
-
-
-def test_what_was_not_appended_is_forgotten():
-    """A step may be repeated, or only its first ids kept; other ids may stand there then."""
-    engine = NativeEngine(plain(make_model(block_size=64)), threads=1)
-    slot = make_slot(0, [1, 2, 3])
-    first = engine.step([slot], 8)
-    assert engine.step([slot], 8) == first
-    slot.ids += [*first[0][:2], 4, 5]
-    fresh = make_slot(0, slot.ids)
-    fresh.prompt_length = 3
-    expected = NativeEngine(engine.model, threads=1).step([fresh], 8)
-    assert engine.step([slot], 8) == expected
-
-
-def test_a_step_ends_with_the_text():
-    model = plain(make_model(block_size=64))
-    (text,) = written(NativeEngine(model, threads=1), [[1, 2]], 20)
-    engine = NativeEngine(model, 2, threads=1)
-    eot = text[6]
-    until = text[: text.index(eot) + 1]
-    assert engine.step([make_slot(0, [1, 2], eot=eot)], 20) == [until]
-    engine.release(0)
-    assert engine.step([make_slot(0, [1, 2], left=3)], 20) == [text[:3]]
+def test_a_step_ends_where_its_first_row_does():
+    engine = native_engine(make_model(block_size=64), 2, threads=1)
     ended, other = engine.step([make_slot(0, [1, 2], left=3), make_slot(1, [5])], 20)
     assert (len(ended), len(other)) == (3, 3)  # the free slot may be wanted by another row
 
@@ -336,7 +249,7 @@ def test_a_step_ends_with_the_text():
 def test_time_is_up_between_tokens_and_never_before_the_first(monkeypatch):
     monkeypatch.setattr(native, "SLICE", 0.0)
     model = make_model(block_size=64)
-    engine = NativeEngine(plain(model), 2, threads=1, chunk=4)
+    engine = native_engine(model, 2, threads=1, chunk=4)
     slots = [make_slot(0, range(20)), make_slot(1, [1])]
     assert [len(ids) for ids in engine.step(slots, 20)] == [1, 1]
     expected = TorchEngine(model, 2).step(slots)
@@ -345,7 +258,7 @@ def test_time_is_up_between_tokens_and_never_before_the_first(monkeypatch):
 
 def test_another_thread_can_cancel_a_step():
     shape = {"d_model": 128, "n_layer": 4, "block_size": 2048, "n_head": 8}
-    engine = NativeEngine(plain(make_model(**shape)), threads=1, chunk=2048)
+    engine = native_engine(make_model(**shape), threads=1, chunk=2048)
     slot = make_slot(0, [1] * 2000)
     timer = threading.Timer(0.02, engine.cancel)
     timer.start()
@@ -356,52 +269,9 @@ def test_another_thread_can_cancel_a_step():
     assert again == NativeEngine(engine.model, threads=2).step([slot])
 
 
-def test_a_padded_vocabulary_is_never_drawn():
-    model = make_model(vocab_size=32, tie_embeddings=False)
-    with torch.no_grad():
-        model.lm_head.weight[VOCAB:] = 100 * model.lm_head.weight[:3]
-    assert max(written(NativeEngine(plain(model), threads=1), [[1]], 40)[0]) >= VOCAB
-    for sampling in (GREEDY, SAMPLED):
-        engine = NativeEngine(plain(model), vocab=VOCAB, threads=1)
-        assert max(written(engine, [[1]], 40, sampling)[0]) < VOCAB
-        assert engine.logits([1]).shape == (1, 32)
-
-
-def test_top_is_that_of_the_logits():
-    engine = NativeEngine(plain(make_model(vocab_size=32)), vocab=VOCAB, threads=1)
-    slot = make_slot(0, [1, 2, 3], Sampling(temperature=5.0, seed=3), logprobs=2)
-    for _ in range(10):
-        logits = engine.logits(slot.ids)[-1, :VOCAB]
-        ((drawn,),) = engine.step([slot])
-        (ours,), theirs = slot.top, top_logprobs(logits, 2, drawn)
-        assert [token for token, _ in ours] == [token for token, _ in theirs]
-        np.testing.assert_allclose([p for _, p in ours], [p for _, p in theirs], rtol=1e-14)
-        slot.ids.append(drawn)
-    slot.logprobs = 0
-    engine.step([slot])
-    assert slot.top == [[]]
-
-
-@pytest.mark.parametrize("wrong", [-1, VOCAB, 10**6, 2**40])
-def test_an_id_the_model_does_not_have_is_named(wrong):
-    engine = NativeEngine(plain(make_model()), threads=1)
-    for slot in (make_slot(0, [1, wrong]), make_slot(0, [1], draft=[2, wrong])):
-        with pytest.raises(ConfigError, match=f"no token {wrong}; its vocabulary is 0 to 28"):
-            engine.step([slot])
-
-
-@pytest.mark.parametrize("rows", [1, 3])
-def test_damaged_weights_are_an_error_and_not_a_token(rows):
-    model = make_model()
-    model.norm_f.weight.data[0] = torch.nan
-    engine = NativeEngine(plain(model), rows, threads=2)
-    with pytest.raises(NonFiniteError, match="not finite"):
-        engine.step([make_slot(i, [1]) for i in range(rows)])
-
-
 def test_a_cache_that_does_not_fit_is_refused_with_the_number(monkeypatch):
     monkeypatch.setattr(native, "available_memory", lambda: 3_000_000)
-    engine = NativeEngine(plain(make_model(block_size=2**16)), threads=1)
+    engine = native_engine(make_model(block_size=2**16), threads=1)
     slot = make_slot(0, [1] * 4000)  # 2 layers x (key, value) x 16 numbers x 4 bytes a token
     assert engine.step([slot])
     with pytest.raises(ResourceError, match="these texts need 4 MB, 3 MB are free"):
@@ -425,7 +295,7 @@ def test_a_small_model_gets_one_thread_and_a_large_one_every_core():
     assert native.choose_threads(None, 3_000_000) == 1
     assert native.choose_threads(None, 2**40) == native.usable_cores()
     model = make_model()
-    assert plain(model).bytes == 4 * count_parameters(model.config).total  # tied ones once
+    assert native_model(model).bytes == 4 * count_parameters(model.config).total  # tied ones once
 
 
 @pytest.mark.parametrize(
@@ -439,11 +309,11 @@ def test_a_small_model_gets_one_thread_and_a_large_one_every_core():
 def test_an_environment_that_means_nothing_is_refused(monkeypatch, name, value, message):
     monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=message):
-        NativeEngine(plain(make_model()))
+        native_engine(make_model(), threads=None)
 
 
 def test_other_weights_than_the_configurations_are_refused():
-    tensors = dict(plain(make_model()).tensors)
+    tensors = dict(native_model(make_model()).tensors)
     config = ModelConfig(vocab_size=VOCAB, block_size=16, n_layer=2, n_head=2, d_model=16)
     with pytest.raises(CheckpointError, match=r"blocks.1.mlp.up_proj.weight is missing"):
         NativeModel(
@@ -526,14 +396,3 @@ def test_top_p_of_a_large_vocabulary_is_cut_where_sorting_cuts_it(scale, p):
 @pytest.mark.parametrize("how", [GREEDY, Sampling(), PRESETS["nucleus"]])
 def test_logits_that_are_not_finite_are_refused(bad, how):
     assert native_pick(bad, [], how) == -1
-
-
-def test_copies_and_seeds_differ_and_slots_do_not():
-    engine = NativeEngine(plain(make_model()), 3, threads=1)
-    slots = [make_slot(2, [1, 2]), make_slot(0, [1, 2], n=1), make_slot(1, [1, 2])]
-    slots.append(make_slot(0, [1, 2], replace(SAMPLED, seed=8)))
-    rows = [NativeEngine(engine.model, 3, threads=1).step([slot], 12)[0] for slot in slots]
-    together = engine.step(slots[:3], 12)
-    assert together == rows[:3]
-    assert rows[0] == rows[2]
-    assert len({tuple(row) for row in rows}) == 3

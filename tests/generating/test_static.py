@@ -5,9 +5,8 @@ import types
 
 import pytest
 import torch
-from model_kit import random_model
+from engine_kit import make_model
 
-from octavo.config import ModelConfig
 from octavo.errors import ConfigError
 from octavo.generating.engine import TorchEngine
 from octavo.generating.sampling import PRESETS, Sampling
@@ -16,11 +15,6 @@ from octavo.generating.writing import Slot, write
 from octavo.model.attention import sdpa
 
 PROMPTS = [[3], [1, 2, 3, 4, 5], [5, 4] * 12, list(range(9))]
-
-
-def make_model(**shape):
-    small = {"vocab_size": 13, "block_size": 16, "n_layer": 2, "n_head": 2, "d_model": 16}
-    return random_model(ModelConfig(**{**small, **shape}))
 
 
 def written(engine, sampling=PRESETS["greedy"], count=40):
