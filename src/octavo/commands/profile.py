@@ -36,7 +36,7 @@ def add_options(option: Option) -> None:
     option("--trace", metavar="FILE.json", help="write a Chrome trace")
     option("--weights", metavar="P", help="generate: packed weights: int8, int4, auto or fp16")
     option("--base", metavar="RUN", help="generate: where an adapter's base is, if it was moved")
-    option("--device", metavar="D", help="cuda, mps, cpu or auto; default: as the run says")
+    option("--device", metavar="D", help="cuda, cpu or auto; default: as the run says")
     add_common(option, "json")
 
 

@@ -150,7 +150,7 @@ def profile_training(
     ``watch`` is told how many of how many steps are done.
     """
     config, remarks = _simplified(task.config)
-    device = choose_device(config.train.device)
+    device = _seen(choose_device(config.train.device))
     before = peak_memory(device)
     learner = build_learner(dataclasses.replace(task, config=config), device, Display(quiet=True))
     learner.loss = named("loss", learner.loss)
@@ -208,7 +208,7 @@ def profile_writing(lm: LanguageModel, tokens: int, path: Path | None = None) ->
     PyTorch's engine is taken apart; the native one is not, so that a trace of it is a
     `ConfigError`.
     """
-    device = choose_device(lm.device if lm.run else "auto")
+    device = _seen(choose_device(lm.device if lm.run else "auto"))
     before = peak_memory(device)
     opened = open_engine(lm)
     if opened.native and path is not None:
@@ -342,6 +342,13 @@ def _simplified(config: Config) -> tuple[Config, list[str]]:
     passes = min(train.grad_accum, MOST_PASSES)
     train = dataclasses.replace(train, compile=False, grad_accum=passes)
     return dataclasses.replace(config, train=train), remarks
+
+
+def _seen(device: torch.device) -> torch.device:
+    """The device, unless PyTorch's profiler sees only how it is asked, and not what it does."""
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"what {device.type} does cannot be timed", fix="add --device cpu")
+    return device
 
 
 def _where(device: torch.device) -> str:
