@@ -13,12 +13,13 @@ slows all alike, and a minute buys what one core can do.
 """
 
 import argparse
+import itertools
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from operator import itemgetter
 from pathlib import Path
 from queue import Queue
@@ -62,9 +63,9 @@ def compare(contestants: dict[str, list[str]], minutes: float, asked: Any) -> li
         return found
 
     with ThreadPoolExecutor(places.qsize()) as pool:
-        jobs = {
-            who: [pool.submit(trained, who, seed) for seed in asked.seeds] for who in contestants
-        }
+        jobs: dict[str, list[Future[dict[str, float]]]] = {who: [] for who in contestants}
+        for seed, who in itertools.product(asked.seeds, contestants):  # rivals beside each other
+            jobs[who].append(pool.submit(trained, who, seed))
         runs = {who: [job.result() for job in of] for who, of in jobs.items()}
     rows = []
     for who, of in runs.items():

@@ -104,6 +104,8 @@ class TrainConfig(Group, path="train"):
     """torch.compile; auto: when the run is long enough to pay for it, falling back in one line."""
     device: str = "auto"
     """cuda, mps, cpu or auto."""
+    threads: Whole = 0
+    """CPU threads that a step takes at most; 0: as many as PyTorch has."""
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
     """Under torchrun, all of the model on each process (ddp) or a part (fsdp); auto: fsdp where
     weights, gradients and optimizer fill more than 60 % of one device."""

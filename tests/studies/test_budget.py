@@ -9,8 +9,9 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from octavo.config import load_config
+from octavo.config import Config, load_config
 from octavo.errors import ConfigError
 from octavo.model_config import ModelConfig
 from octavo.studies import budget as budget_module
@@ -30,22 +31,25 @@ def text(tmp_path):
 
 
 class Machine:
-    """Tries models at a billion operations a second, or at what each step in turn is given."""
+    """Tries models at a billion operations a second, or at what each step in turn is given.
+
+    ``gains`` says how many times faster it is where a step is limited to so many threads.
+    """
 
     speeds = itertools.repeat(1e9)
 
     def __init__(self, monkeypatch):
-        machine, self.widths = self, []
+        machine, self.widths, self.gains = self, [], {0: 1.0}
 
         class Trial(budget_module.Trial):
             def __init__(self, config, source, device):
                 self.model = ModelConfig(**{**vars(config.model), "vocab_size": source.vocab_size})
-                self.rates = []
+                self.rates, self.threads = [], config.train.threads
                 machine.widths.append(self.model.d_model)
 
             def step(self):
                 cost = 12 * 6 * self.model.n_layer * self.model.d_model**2
-                self.rates.append(next(machine.speeds) / cost)
+                self.rates.append(next(machine.speeds) / cost * machine.gains[self.threads])
 
         monkeypatch.setattr(budget_module, "Trial", Trial)
 
@@ -92,7 +96,7 @@ def test_models_are_told_apart_on_a_machine_whose_speed_swings(machine, phase):
         machine.speeds = itertools.islice(itertools.cycle(swinging), began, None)
         source = SimpleNamespace(vocab_size=65)
         small, large = (
-            budget_module.Trial(SimpleNamespace(model=model_of(width, 4)), source, None)
+            budget_module.Trial(Config(model=model_of(width, 4)), source, None)
             for width in (64, 128)
         )
         budget_module.race(small, None)
@@ -110,6 +114,36 @@ def test_models_are_compared_in_the_same_seconds(text, machine, monkeypatch):
     for choice, best in zip(compared[::2], compared[1::2], strict=True):
         sizes = [of.model.n_layer * of.model.d_model**2 for of in (choice, best)]
         assert choice.speed / best.speed == pytest.approx(sizes[1] / sizes[0], rel=0.12)
+
+
+@pytest.mark.parametrize(
+    ("cores", "gains", "best"),
+    [
+        (16, {8: 1.5, 4: 1.8, 2: 1.7}, 4),  # two are slower than four
+        (16, {8: 1.01}, 0),  # not worth it
+        (6, {3: 1.2, 1: 0.6}, 3),
+        (4, {2: 1.5, 1: 2.0}, 1),
+        (2, {}, 0),  # nothing is tried
+    ],
+)
+def test_as_many_threads_as_are_fastest(text, machine, monkeypatch, cores, gains, best):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+    alone = chosen(text, 300).train if cores == 2 else None
+    machine.gains = {0: 1.0, **gains}
+    run = chosen(text, 300).train
+    assert run.threads == best
+    assert alone is None or run == alone
+
+
+def test_fewer_threads_buy_more_tokens(text, machine, monkeypatch):
+    def tokens():
+        run = chosen(text, 300, "model.d_model=64", "model.n_head=2", "model.n_layer=3")
+        return run.train.max_steps * run.train.batch_size * run.model.block_size
+
+    before = tokens()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    machine.gains = {0: 1.0, 4: 2.0, 2: 1.0}
+    assert tokens() == pytest.approx(2 * before, rel=0.1)
 
 
 def test_the_law_prefers_new_tokens_to_old_ones_and_large_models_to_small_ones():
@@ -162,6 +196,12 @@ def test_what_the_user_sets_holds(text, tried):
     assert tried == [96]
     assert (run.model.n_layer, run.model.n_head, run.model.qk_norm) == (2, 3, False)
     assert (run.optim.lr, run.optim.name, run.train.micro_batch_size) == (0.5, "muon", 7)
+
+
+def test_the_users_threads_hold(text, machine, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    machine.gains = {3: 1.0}  # there are trials with 3 threads and with no other number
+    assert chosen(text, 60, "train.threads=3").train.threads == 3
 
 
 def test_validations_take_little_of_the_time(text, tried):

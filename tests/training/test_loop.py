@@ -118,6 +118,45 @@ def test_resumed_equals_undisturbed_bitwise(text, tmp_path, settings):
     assert losses_of(tmp_path / "cut") == losses_of(tmp_path / "whole")
 
 
+@pytest.fixture
+def threads():
+    """Sets how many threads PyTorch has, for a test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_a_step_takes_at_most_its_threads_and_gives_them_back(text, tmp_path, threads):
+    for has, most, takes in ((3, 2, 2), (2, 3, 2), (3, 0, 3)):
+        threads(has)
+        learner = learner_of(text, tmp_path, f"train.threads={most}")
+        taken, loss = [], learner.loss
+
+        def watched(*given, taken=taken, loss=loss):
+            taken.append(torch.get_num_threads())
+            return loss(*given)
+
+        learner.loss = watched
+        optimizer_step(learner)
+        assert taken == [takes]
+        assert learner.state()["threads"] == takes
+        assert torch.get_num_threads() == has
+
+
+def test_with_limited_threads_a_run_goes_on_bitwise_where_there_are_more(
+    text, tmp_path, threads, capsys
+):
+    limited = config(text, "train.threads=2", "model.d_model=64", "train.micro_batch_size=32")
+    threads(2)
+    train(limited, tmp_path / "whole", quiet=True)
+    with cut_at(5, signal.SIGINT):
+        train(limited, tmp_path / "cut", quiet=True)
+    threads(4)
+    train(limited, tmp_path / "cut", resume=True)
+    assert_same_weights(tmp_path / "whole", tmp_path / "cut")
+    assert "warning" not in capsys.readouterr().out
+
+
 def test_a_validation_is_not_counted_twice_by_a_resume(text, tmp_path):
     """The best step is saved after its validation; doing that again would use up patience."""
     settings = ("eval.every=2", "checkpoint.every=0")

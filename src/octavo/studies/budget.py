@@ -23,6 +23,7 @@ from octavo.language_model import choose_device
 from octavo.model.counts import count_parameters
 from octavo.model_config import ModelConfig
 from octavo.settings import canonical, parse_override
+from octavo.text.files import counted
 from octavo.training.display import Display, clock
 from octavo.training.learner import build_learner, optimizer_step
 from octavo.training.source import Source, read_source
@@ -33,6 +34,7 @@ LAYERS = {32: 2, 64: 3, 96: 4, 128: 4, 192: 5, 256: 6, 320: 6, 384: 6, 512: 8, 6
 CONTEXT = 256  # tokens, where the text is long enough
 TRIAL_TOKENS, WARMING, TIMED = 2048, 2, 5  # in a step of a trial; its steps
 TRYING = 0.05  # of the time: no further trial is begun
+MANY_THREADS, THREADS_PAY = 4, 1.05  # from so many on fewer are tried; how much faster they must be
 STEPPING = 0.93  # of what is left after the trials goes into steps
 VALIDATING, MOST_VALIDATIONS = 0.03, 10  # and so much at most into validations
 STEP = 1.4  # a step's tokens, over the square root of all there are
@@ -108,53 +110,92 @@ def choose(
 
     ``config`` is what was wished for in so many ``settings``, which hold whatever is chosen.
     """
-
-    def wish(words: list[str]) -> Config:
-        wished = load_config(None, ["recipe=modern", *words, *settings])
-        return dataclasses.replace(wished, data=config.data)
-
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
             "a model for a time is chosen by one process",
             fix="name a CONFIG.yaml with --budget, or leave torchrun out",
         )
-    device, budget = choose_device(config.train.device), config.train.budget
+    budget = config.train.budget
     source = read_source(config, out, None)
     display.say(f"{source.data['description']}; trying models for {clock(budget)}:")
-    known = (canonical(parse_override(word), KNOWN) for word in settings)
-    given = {name for settings_of in known for name in settings_of.get("model", {})}
-    token_bytes = bytes_of_a_token(source)
-
-    def expected(words: list[str], model: ModelConfig, speed: float) -> Choice:
-        left = max(began + budget - time.monotonic(), 0.0)
-        tokens = max(STEPPING * speed * left, 1.0)
-        return Choice(words, model, speed, tokens, len(source.train), token_bytes)
-
-    def tried(words: list[str], rival: Trial | None) -> tuple[Choice, Trial]:
-        trial = Trial(wish([*words, "train.compile=false"]), source, device)
-        return expected(words, trial.model, race(trial, rival)), trial
-
-    best: Choice | None = None
-    leader: Trial | None = None
-    trying = time.monotonic()
-    for width in [0] if {"d_model", "n_layer", "n_head"} & given else LAYERS:
-        choice, trial = tried(shape(width, len(source.val)), leader)
-        if dropout := dropout_for(choice.strain):  # which takes time of its own
-            speed = choice.speed / trial.speed  # from one rival to the other
-            choice, trial = tried([*choice.words, f"model.dropout={dropout}"], trial)
-            choice = expected(choice.words, choice.model, choice.speed * speed)
-        display.say(f"  {choice}")
-        if best and leader:  # which raced in the same seconds, not in those of its own trial
-            best = expected(best.words, best.model, leader.speed)
-            if choice.excess >= best.excess:
-                break
-        best, leader = choice, trial
-        if time.monotonic() - trying > TRYING * budget:
-            break
-    assert best is not None
+    search = Search(config, settings, source, began, display)
+    best = search.fewer_threads(search.best_width())
     display.say(f"best for the time: {best}")
     windows = min(config.eval.windows * best.model.block_size, len(source.val))
-    return wish([*best.words, *schedule(best, budget, windows)]), source
+    return search.wish([*best.words, *schedule(best, budget, windows)]), source
+
+
+class Search:
+    """Trials on this machine, each beside the best so far, and what they let expect."""
+
+    def __init__(
+        self, config: Config, settings: list[str], source: Source, began: float, display: Display
+    ) -> None:
+        self.config, self.settings, self.source, self.display = config, settings, source, display
+        self.device = choose_device(config.train.device)
+        self.end = began + config.train.budget
+        self.token_bytes = bytes_of_a_token(source)
+
+    def wish(self, words: list[str]) -> Config:
+        """The modern recipe with these settings, and the user's own above them."""
+        wished = load_config(None, ["recipe=modern", *words, *self.settings])
+        return dataclasses.replace(wished, data=self.config.data)
+
+    def expected(self, words: list[str], model: ModelConfig, speed: float) -> Choice:
+        """What comes of the time that is left at so many tokens a second."""
+        left = max(self.end - time.monotonic(), 0.0)
+        tokens = max(STEPPING * speed * left, 1.0)
+        return Choice(words, model, speed, tokens, len(self.source.train), self.token_bytes)
+
+    def tried(self, words: list[str], rival: "Trial | None") -> tuple[Choice, "Trial"]:
+        """What these settings let expect, by a trial beside the rival's."""
+        trial = Trial(self.wish([*words, "train.compile=false"]), self.source, self.device)
+        return self.expected(words, trial.model, race(trial, rival)), trial
+
+    def best_width(self) -> Choice:
+        """The model with the lowest expected loss: wider and wider ones, up to the first worse."""
+        known = (canonical(parse_override(word), KNOWN) for word in self.settings)
+        given = {name for settings_of in known for name in settings_of.get("model", {})}
+        best: Choice | None = None
+        leader: Trial | None = None
+        trying = time.monotonic()
+        for width in [0] if {"d_model", "n_layer", "n_head"} & given else LAYERS:
+            choice, trial = self.tried(shape(width, len(self.source.val)), leader)
+            if dropout := dropout_for(choice.strain):  # which takes time of its own
+                speed = choice.speed / trial.speed  # from one rival to the other
+                choice, trial = self.tried([*choice.words, f"model.dropout={dropout}"], trial)
+                choice = self.expected(choice.words, choice.model, choice.speed * speed)
+            self.display.say(f"  {choice}")
+            if best and leader:  # which raced in the same seconds, not in those of its own trial
+                best = self.expected(best.words, best.model, leader.speed)
+                if choice.excess >= best.excess:
+                    break
+            best, leader = choice, trial
+            if time.monotonic() - trying > TRYING * self.config.train.budget:
+                break
+        assert best is not None
+        return best
+
+    def fewer_threads(self, best: Choice) -> Choice:
+        """The same model on half the CPU threads, and on half of these, as long as it is faster.
+
+        A small model's threads wait for each other; on many cores that can take most of a step.
+        """
+        threads = torch.get_num_threads() if self.device.type == "cpu" else 1
+        if threads < MANY_THREADS:
+            return best
+        trying, micro = time.monotonic(), f"train.micro_batch_size={batch(best)[0]}"
+        _, leader = self.tried([*best.words, micro], None)
+        while threads > 1 and time.monotonic() - trying < TRYING * self.config.train.budget:
+            threads //= 2
+            fewer = [*best.words, f"train.threads={threads}"]
+            choice, trial = self.tried([*fewer, micro], leader)
+            gain = choice.speed / leader.speed
+            self.display.say(f"  on {counted(threads, 'thread')} {gain:.2f} times as fast")
+            if gain < THREADS_PAY:
+                break
+            best, leader = self.expected(fewer, best.model, best.speed * gain), trial
+        return self.expected(best.words, best.model, best.speed)  # in the time that is left now
 
 
 def shape(width: int, val_tokens: int) -> list[str]:
@@ -215,14 +256,20 @@ def race(trial: Trial, rival: Trial | None) -> float:
     return rival.speed * statistics.median(ours / its for ours, its in pairs)
 
 
+def batch(choice: Choice) -> tuple[int, int]:
+    """Rows in a forward pass, and passes in a step."""
+    T = choice.model.block_size
+    rows = max(round(STEP * math.sqrt(choice.tokens) / T), 1)
+    accum = math.ceil(rows * T / MOST_TOKENS)
+    return math.ceil(rows / accum), accum
+
+
 def schedule(choice: Choice, budget: float, scored: int) -> list[str]:
     """How large a step is, its rates, how many there are, and when ``scored`` tokens are validated
     on. Rates rise with the root of a step's tokens (benchmarks/rates.py), weight decay with epochs.
     """
     T = choice.model.block_size
-    rows = max(round(STEP * math.sqrt(choice.tokens) / T), 1)
-    accum = math.ceil(rows * T / MOST_TOKENS)
-    micro = math.ceil(rows / accum)
+    micro, accum = batch(choice)
     steps = max(round(choice.tokens / (micro * accum * T)), 1)
     stretch = min(math.sqrt(micro * accum * T / RATE_TOKENS), MOST_STRETCH)
     rates = {name: RECIPES["modern"]["optim"][name] * stretch for name in ("lr", "muon_lr")}

@@ -4,10 +4,12 @@ Model FLOPs utilization (Chowdhery et al. 2022) is the share of the device's pea
 own arithmetic uses: forward and backward passes, attention counted whole, nothing recomputed.
 """
 
+import contextlib
 import functools
 import resource
 import sys
 import time
+from collections.abc import Iterator
 
 import torch
 
@@ -52,6 +54,26 @@ def _measured(dtype: torch.dtype, threads: int) -> float:
         product(matrix, matrix)
         best = min(best, time.perf_counter() - started)
     return 2 * SIDE**3 / best
+
+
+def step_threads(most: int) -> int:
+    """How many CPU threads a step takes: ``most`` (0: all) of those that PyTorch has."""
+    has = torch.get_num_threads()
+    return min(most or has, has)
+
+
+@contextlib.contextmanager
+def limited_threads(most: int) -> Iterator[None]:
+    """Let PyTorch take `step_threads` meanwhile."""
+    has, wanted = torch.get_num_threads(), step_threads(most)
+    if wanted == has:
+        yield
+        return
+    torch.set_num_threads(wanted)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(has)
 
 
 def flops_a_token(model: GPT | Classifier, config: Config, length: int) -> int | None:

@@ -21,6 +21,7 @@ from octavo.text.batches import document_mask
 from octavo.training import sharded
 from octavo.training.canonical import canonical_gradients, prepare_canonical
 from octavo.training.display import Display
+from octavo.training.hardware import limited_threads, step_threads
 from octavo.training.loss import cross_entropy
 from octavo.training.metrics import layer_norms, layer_updates, weights_before
 from octavo.training.muon import multiplies_bf16
@@ -96,7 +97,7 @@ class Learner:
         """The rest of a checkpoint, as JSON."""
         return vars(self.progress) | {
             "scaler": self.scaler.state_dict(),
-            "threads": torch.get_num_threads(),
+            "threads": step_threads(self.task.config.train.threads),
             "processes": self.ranks.size,
         }
 
@@ -155,7 +156,8 @@ def build_learner(
         whole=whole,
     )
     if config.train.compile is True and not (cut or canonical):
-        _compile(learner, display)
+        with limited_threads(config.train.threads):  # the compiler counts them
+            _compile(learner, display)
     return learner
 
 
@@ -194,6 +196,11 @@ def optimizer_step(learner: Learner, with_layers: bool = False) -> Step:
     that is not finite, or leaps where ``train.on_spike`` is rewind, is seen before the optimizer:
     the step is not taken, its rows are used up.
     """
+    with limited_threads(learner.task.config.train.threads):
+        return _step(learner, with_layers)
+
+
+def _step(learner: Learner, with_layers: bool) -> Step:
     config, progress = learner.task.config, learner.progress
     train, last = config.train, learner.horizon
     lr = set_lr(learner.optimizer, lr_at(progress.step, config.optim, last))

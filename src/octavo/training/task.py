@@ -164,7 +164,7 @@ def check_resumable(old: Config, new: Config) -> None:
     free = ("eval.", "checkpoint.", "log.", "train.max_steps", "train.budget", "train.device")
     free += ("train.patience", "train.max_bad_steps", "train.compile", "train.micro_batch_size")
     free += ("train.grad_accum", "train.parallel", "train.quantize", "train.draft")
-    free += ("train.spike_", "train.on_spike")
+    free += ("train.threads", "train.spike_", "train.on_spike")
     before, after = flatten(old), flatten(new)
     changed = [
         f"{key} {before[key]} -> {after[key]}"
