@@ -83,7 +83,7 @@ def test_more_time_buys_a_larger_model_and_more_tokens(text, tried):
 
 
 def test_it_tries_one_model_more_than_the_best(text, tried):
-    best = chosen(text, 300).model.d_model
+    best = chosen(text, 300, "model.block_size=256").model.d_model
     assert tried[-2] == best
     assert tried == sorted(tried)
 
@@ -190,11 +190,18 @@ def test_what_is_read_often_decays_more(tmp_path, tried):
     assert (decays[0], decays[-1]) == (0.1, 0.4)
 
 
+def test_in_little_time_less_is_seen_at_once(text, tried):
+    for budget, context in ((3, 128), (30, 128), (30_000, 256)):
+        assert chosen(text, budget).model.block_size == context
+
+
 def test_what_the_user_sets_holds(text, tried):
     words = ["model.n_embd=96", "model.n_layer=2", "model.n_head=3", "optim.lr=0.5"]
-    run = chosen(text, 60, *words, "train.micro_batch_size=7", "model.qk_norm=false")
+    words += ["model.block_size=200", "train.micro_batch_size=7", "model.qk_norm=false"]
+    run = chosen(text, 60, *words)
     assert tried == [96]
     assert (run.model.n_layer, run.model.n_head, run.model.qk_norm) == (2, 3, False)
+    assert run.model.block_size == 200
     assert (run.optim.lr, run.optim.name, run.train.micro_batch_size) == (0.5, "muon", 7)
 
 

@@ -31,7 +31,8 @@ from octavo.training.task import prepare
 
 LAYERS = {32: 2, 64: 3, 96: 4, 128: 4, 192: 5, 256: 6, 320: 6, 384: 6, 512: 8, 640: 10, 768: 12}
 """How deep a model of each width is."""
-CONTEXT = 256  # tokens, where the text is long enough
+CONTEXT, SHORT = 256, 128  # tokens, where the text is long enough
+FEW_TOKENS = 3e6  # up to which the short one teaches more
 TRIAL_TOKENS, WARMING, TIMED = 2048, 2, 5  # in a step of a trial; its steps
 TRYING = 0.05  # of the time: no further trial is begun
 MANY_THREADS, THREADS_PAY = 4, 1.05  # from so many on fewer are tried; how much faster they must be
@@ -119,7 +120,7 @@ def choose(
     source = read_source(config, out, None)
     display.say(f"{source.data['description']}; trying models for {clock(budget)}:")
     search = Search(config, settings, source, began, display)
-    best = search.fewer_threads(search.best_width())
+    best = search.fewer_threads(search.shorter_context(*search.best_width()))
     display.say(f"best for the time: {best}")
     windows = min(config.eval.windows * best.model.block_size, len(source.val))
     return search.wish([*best.words, *schedule(best, budget, windows)]), source
@@ -152,7 +153,7 @@ class Search:
         trial = Trial(self.wish([*words, "train.compile=false"]), self.source, self.device)
         return self.expected(words, trial.model, race(trial, rival)), trial
 
-    def best_width(self) -> Choice:
+    def best_width(self) -> tuple[Choice, "Trial"]:
         """The model with the lowest expected loss: wider and wider ones, up to the first worse."""
         known = (canonical(parse_override(word), KNOWN) for word in self.settings)
         given = {name for settings_of in known for name in settings_of.get("model", {})}
@@ -174,7 +175,15 @@ class Search:
             if time.monotonic() - trying > TRYING * self.config.train.budget:
                 break
         assert best is not None
-        return best
+        assert leader is not None
+        return best, leader
+
+    def shorter_context(self, best: Choice, leader: "Trial") -> Choice:
+        """The same model; in little time it sees less at once, and more often something else."""
+        words = [*best.words, *of_context(SHORT)]
+        if best.tokens > FEW_TOKENS or self.wish(words).model.block_size >= best.model.block_size:
+            return best
+        return self.tried(words, leader)[0]
 
     def fewer_threads(self, best: Choice) -> Choice:
         """The same model on half the CPU threads, and on half of these, as long as it is faster.
@@ -198,11 +207,15 @@ class Search:
         return self.expected(best.words, best.model, best.speed)  # in the time that is left now
 
 
+def of_context(context: int) -> list[str]:
+    """The settings of a model that sees so many tokens, and of its trial."""
+    rows = max(TRIAL_TOKENS // context, 1)
+    return [f"model.block_size={context}", f"train.micro_batch_size={rows}"]
+
+
 def shape(width: int, val_tokens: int) -> list[str]:
     """The settings of a model of this width, 0 for the user's; with little text it sees less."""
-    context = min(CONTEXT, 2 ** int(math.log2(max(val_tokens / 4, 16))))
-    rows = max(TRIAL_TOKENS // context, 1)
-    words = [f"model.block_size={context}", f"train.micro_batch_size={rows}"]
+    words = of_context(min(CONTEXT, 2 ** int(math.log2(max(val_tokens / 4, 16)))))
     if width:
         heads = width // (32 if width < 256 else 64)
         words += [f"model.d_model={width}", f"model.n_head={heads}"]
