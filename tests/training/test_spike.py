@@ -2,7 +2,6 @@
 
 import json
 import math
-import time
 
 import numpy as np
 import pytest
@@ -241,7 +240,7 @@ def test_a_spike_that_lasts_is_one_spike(poisoned, tmp_path, monkeypatch):
     assert [event["step"] for event in events(tmp_path / "run", "spike")] == [30]
 
 
-def test_the_ring_stays_small_and_costs_little(poisoned, tmp_path):
+def test_the_ring_stays_small(poisoned, tmp_path):
     """Rows are kept as numbers, their text is fetched again: a reading is a few hundred bytes."""
     task = prepare(config(poisoned, "train.spike_window=64"), "cpu", tmp_path / "none")
     learner = build_learner(task, torch.device("cpu"), Display(quiet=True))
@@ -249,7 +248,3 @@ def test_the_ring_stays_small_and_costs_little(poisoned, tmp_path):
         optimizer_step(learner)
     assert len(learner.progress.recent) == 64
     assert len(json.dumps(learner.progress.recent)) < 64 * 300
-    started = time.perf_counter()
-    for _ in range(100):
-        spiking(learner.progress.recent, learner.progress.recent[-1], 6.0)
-    assert time.perf_counter() - started < 0.5
