@@ -5,6 +5,7 @@ PyTorch carries too, uses it wherever it is: the same sums, sooner (benchmarks/t
 """
 
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+SMALL = 2**19  # weights, below which a product of layers side by side is sooner than one of each
+ZEN_4 = 25  # AMD's family whose registers of 512 bits are two halves
+
 
 class Linear(nn.Linear):
     """``nn.Linear``, whose products oneDNN takes in training where that pays."""
 
     def forward(self, input: Tensor) -> Tensor:  # PyTorch's own name
         """(..., in) to (..., out)."""
-        eager = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if eager and input.device.type == "cpu" and self.is_exact(input) and onednn_pays():
-            return _Product.apply(input, self.weight, self.bias)
+        if self.trains(input):
+            return _trained(input, self.weight, self.bias)
         return super().forward(input)
+
+    def trains(self, x: Tensor) -> bool:
+        """Whether a step of training on a CPU, eager and exact, passes ``x`` through the layer."""
+        eager = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return eager and x.device.type == "cpu" and self.is_exact(x)
 
     def is_exact(self, x: Tensor) -> bool:
         """Whether the layer multiplies ``x`` in fp32, by weights that lie here as a whole."""
@@ -37,8 +45,21 @@ def onednn_pays() -> bool:
     has_avx512 = (
         torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
     )
+    return has_avx512 and _amd_family() > 0
+
+
+def onednn_pays_for_weights() -> bool:
+    """Whether it does for weights' gradients, whose factors it has to turn round first."""
+    return onednn_pays() and _amd_family() > ZEN_4
+
+
+@functools.cache
+def _amd_family() -> int:
+    """The processor's, and 0 where it is not AMD's."""
     cpus = Path("/proc/cpuinfo")
-    return has_avx512 and cpus.exists() and "AuthenticAMD" in cpus.read_text(encoding="utf-8")
+    about = cpus.read_text(encoding="utf-8") if cpus.exists() else ""
+    family = re.search(r"^cpu family\s*: (\d+)$", about, re.MULTILINE)
+    return int(family[1]) if family and "AuthenticAMD" in about else 0
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -46,6 +67,10 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if x.device.type != "cpu" or x.dtype != torch.float32 or not onednn_pays():
         return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _trained(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return (_Product.apply if onednn_pays() else F.linear)(x, weight, bias)
 
 
 class _Product(torch.autograd.Function):
@@ -60,9 +85,10 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         to_x, to_weight, to_bias = ctx.needs_input_grad
-        rows = gradient.reshape(-1, gradient.size(-1))
+        rows, inputs = gradient.reshape(-1, gradient.size(-1)), x.reshape(-1, x.size(-1))
+        multiply = product if onednn_pays_for_weights() else F.linear
         return (
             product(gradient, weight.t()) if to_x else None,
-            product(rows.t(), x.reshape(-1, x.size(-1)).t()) if to_weight else None,
+            multiply(rows.t(), inputs.t()) if to_weight else None,
             rows.sum(0) if to_bias else None,
         )

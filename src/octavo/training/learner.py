@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from octavo import disk
 from octavo.adapting.assemble import assemble, load_trained, trained_names
@@ -23,7 +23,7 @@ from octavo.training.canonical import canonical_gradients, prepare_canonical
 from octavo.training.display import Display
 from octavo.training.hardware import limited_threads, step_threads
 from octavo.training.loss import cross_entropy
-from octavo.training.metrics import layer_norms, layer_updates, weights_before
+from octavo.training.metrics import gradient_norms, layer_updates, weights_before
 from octavo.training.muon import multiplies_bf16
 from octavo.training.optim import (
     build_optimizer,
@@ -84,6 +84,11 @@ class Learner:
     def device(self) -> torch.device:
         """Where the model lies."""
         return self.body.tok_emb.weight.device
+
+    @functools.cached_property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The model's, by name, each once."""
+        return dict(self.model.named_parameters())
 
     def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The tensors by name that training changes: the model's, or its adapters' and head's
@@ -220,16 +225,15 @@ def _step(learner: Learner, with_layers: bool) -> Step:
         total = backward(batches)
         learner.ranks.add_up([total] if learner.sharded else [*_gradients(learner), total])
     learner.scaler.unscale_(learner.optimizer)
-    norm = sharded.full(torch.nn.utils.get_total_norm(_gradients(learner)))
+    norm, layers = gradient_norms(learner.parameters)
     loss, grad_norm = (total / n_targets).item(), norm.item()
-    layers = layer_norms(learner.model) if with_layers or train.spike_window else {}
     spike = watch(learner, first, lr, loss, grad_norm, layers)
     taken = bool(np.isfinite(loss) and np.isfinite(grad_norm)) and not (spike and spike.rewinds)
-    before = weights_before(learner.model) if with_layers else {}
+    before = weights_before(learner.parameters) if with_layers else {}
     if taken:
         if config.optim.grad_clip:
-            parameters = learner.model.parameters()
-            torch.nn.utils.clip_grads_with_norm_(parameters, config.optim.grad_clip, norm)
+            clipped = learner.parameters.values()
+            torch.nn.utils.clip_grads_with_norm_(clipped, config.optim.grad_clip, norm)
         learner.scaler.step(learner.optimizer)
     learner.scaler.update()
     learner.optimizer.zero_grad(set_to_none=True)
@@ -237,7 +241,7 @@ def _step(learner: Learner, with_layers: bool) -> Step:
     progress.tokens += sum(x.size for _, x, _ in batches) * learner.ranks.size
     progress.skipped += not taken
     progress.bad_in_a_row = 0 if taken else progress.bad_in_a_row + 1
-    updates = layer_updates(learner.model, before)
+    updates = layer_updates(learner.parameters, before) if before else {}
     return Step(loss, grad_norm, lr, taken, layers if with_layers else {}, updates, spike)
 
 
@@ -260,7 +264,7 @@ def _backward(
 
 
 def _gradients(learner: Learner) -> list[Tensor]:
-    return [p.grad for p in learner.model.parameters() if p.grad is not None]
+    return [p.grad for p in learner.parameters.values() if p.grad is not None]
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:

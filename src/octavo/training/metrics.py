@@ -10,7 +10,7 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -116,36 +116,42 @@ def last_event(path: Path) -> str:
     return ""
 
 
-def layer_norms(model: nn.Module) -> dict[str, float]:
-    """The gradient's norm in each block and in the rest, to see where it vanishes or explodes."""
-    return _norms({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+def gradient_norms(parameters: Mapping[str, nn.Parameter]) -> tuple[Tensor, dict[str, float]]:
+    """The gradient's norm; and each block's and the rest's, to see where it vanishes or explodes."""
+    norms = _norms({name: p.grad for name, p in parameters.items() if p.grad is not None})
+    return torch.linalg.vector_norm(torch.stack(list(norms.values()))), _of_layers(norms)
 
 
-def weights_before(model: nn.Module) -> dict[str, Tensor]:
+def weights_before(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """Copies of the weights that a step is about to change."""
-    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    return {name: p.detach().clone() for name, p in parameters.items() if p.requires_grad}
 
 
-def layer_updates(model: nn.Module, before: dict[str, Tensor]) -> dict[str, float]:
+def layer_updates(
+    parameters: Mapping[str, nn.Parameter], before: Mapping[str, Tensor]
+) -> dict[str, float]:
     """How far a step has moved each layer's weights, as a share of their norm ``before`` it.
 
     About a thousandth is usual; much less learns little, much more is not stable.
     """
-    weights = dict(model.named_parameters())
-    sizes = _norms(before)
-    moves = _norms({name: weights[name].detach() - old for name, old in before.items()})
+    moved = {name: parameters[name].detach() - old for name, old in before.items()}
+    sizes, moves = _of_layers(_norms(before)), _of_layers(_norms(moved))
     return {layer: move / sizes[layer] for layer, move in moves.items() if sizes[layer]}
 
 
-def _norms(tensors: dict[str, Tensor]) -> dict[str, float]:
-    """The norm of the tensors of each block and of the rest, by their parameters' names."""
-    layers: dict[str, list[Tensor]] = {}
-    for name, tensor in tensors.items():
+def _norms(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The norm of each tensor."""
+    return dict(zip(tensors, map(full, torch._foreach_norm([*tensors.values()])), strict=True))
+
+
+def _of_layers(norms: Mapping[str, Tensor]) -> dict[str, float]:
+    """The norms of all tensors of a block together, and of the rest, by their parameters' names."""
+    layers: dict[str, list[float]] = {}
+    for name, norm in zip(norms, torch.stack([*norms.values()]).tolist(), strict=True):
         parts = name.removeprefix("body.").split(".")  # a classifier's GPT is its body
         layer = ".".join(parts[:2]) if parts[0] == "blocks" else "rest"
-        layers.setdefault(layer, []).append(tensor)
-    norms = [full(torch.nn.utils.get_total_norm(group)) for group in layers.values()]
-    return dict(zip(layers, torch.stack(norms).tolist() if norms else [], strict=True))
+        layers.setdefault(layer, []).append(norm)
+    return {layer: math.hypot(*group) for layer, group in layers.items()}
 
 
 def _json_safe(value: Any) -> Any:

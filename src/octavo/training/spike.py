@@ -13,7 +13,9 @@ ring is part of a checkpoint: a resumed run sees what the undisturbed one would 
 """
 
 import contextlib
+import itertools
 import math
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -98,29 +100,29 @@ def spiking(recent: Sequence[Reading], reading: Reading, sigmas: float) -> str:
 
 def height_of(before: Sequence[float], value: float, least: float) -> tuple[float, float]:
     """How many deviations ``value`` lies above the median of the steps ``before`` it, and that."""
-    logs = _logs(before)
-    changes = np.abs(np.diff(logs)) / math.sqrt(2)
-    median = float(np.median(logs[-MIN_READINGS:]))
-    return float((_logs([value])[0] - median) / _sigma(changes, least)), math.exp(median)
+    logs = [_log(loss) for loss in before]
+    changes = [abs(b - a) / math.sqrt(2) for a, b in itertools.pairwise(logs)]
+    median = statistics.median(logs[-MIN_READINGS:])
+    return (_log(value) - median) / _sigma(changes, least), math.exp(median)
 
 
 def _standing_out(losses: np.ndarray) -> np.ndarray:
     """Which of the rows' losses (N,) lie far above their median, or are not finite; bool (N,)."""
     out = ~np.isfinite(losses)
     if not out.all():
-        logs = _logs(losses[~out])
+        logs = np.array([_log(loss) for loss in losses[~out]])
         away = logs - np.median(logs)
         out[~out] = away > ROW_STANDS_OUT * _sigma(np.abs(away), LEAST["loss"])
     return out
 
 
-def _logs(values: Sequence[float] | np.ndarray) -> np.ndarray:
-    return np.log(np.maximum(values, 1e-30))
+def _log(value: float) -> float:
+    return math.log(max(value, 1e-30))
 
 
-def _sigma(distances: np.ndarray, least: float) -> float:
+def _sigma(distances: Sequence[float] | np.ndarray, least: float) -> float:
     """The standard deviation of a normal law whose distances from its median these are."""
-    return max(TO_SIGMA * float(np.median(distances)), least)
+    return max(TO_SIGMA * statistics.median(distances), least)
 
 
 def _investigate(
