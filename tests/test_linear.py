@@ -10,10 +10,13 @@ from octavo.linear import Linear, product
 CAN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-@pytest.fixture(params=[True, False] if CAN else [False], ids=lambda on: f"oneDNN={on}")
+@pytest.fixture(params=["no oneDNN", *(["Zen 4", "Zen 5"] if CAN else [])])
 def pays(request, monkeypatch):
-    monkeypatch.setattr(linear, "onednn_pays", lambda: request.param)
-    return request.param
+    """Whether oneDNN is used."""
+    monkeypatch.setattr(linear, "onednn_pays", lambda: request.param != "no oneDNN")
+    monkeypatch.setattr(linear, "amd_family", lambda: 26 if request.param == "Zen 5" else 25)
+    monkeypatch.setattr(linear, "LARGE", 0)
+    return request.param != "no oneDNN"
 
 
 def twins(bias, width=24, out=40):
@@ -60,3 +63,12 @@ def test_elsewhere_it_is_pytorchs_to_the_bit(pays, monkeypatch, how):
         torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"),
     ):
         assert torch.equal(ours(x), theirs(x))
+
+
+def test_a_zen_4_takes_onednn_for_large_products_alone(monkeypatch):
+    monkeypatch.setattr(linear, "onednn_pays", lambda: True)
+    small, large, weight = torch.empty(15, 1024), torch.empty(1024, 1024), torch.empty(64, 1024)
+    for family, expected in ((25, [False, True]), (26, [True, True])):
+        monkeypatch.setattr(linear, "amd_family", lambda family=family: family)
+        assert [linear.onednn_takes(x, weight) for x in (small, large)] == expected
+    assert not linear.onednn_takes(large.double(), weight.double())

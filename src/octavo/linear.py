@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-SMALL = 2**19  # weights, below which a product of layers side by side is sooner than one of each
-ZEN_4 = 25  # AMD's family whose registers of 512 bits are two halves
+ZEN_4 = 25  # AMD's family whose registers of AVX-512 are two halves
+LARGE = 2**26  # multiplications, from which a product gains there more than asking oneDNN costs
 
 
 class Linear(nn.Linear):
@@ -23,14 +23,10 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # PyTorch's own name
         """(..., in) to (..., out)."""
-        if self.trains(input):
-            return _trained(input, self.weight, self.bias)
-        return super().forward(input)
-
-    def trains(self, x: Tensor) -> bool:
-        """Whether a step of training on a CPU, eager and exact, passes ``x`` through the layer."""
         eager = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        return eager and x.device.type == "cpu" and self.is_exact(x)
+        if eager and self.is_exact(input) and onednn_takes(input, self.weight):
+            return _Product.apply(input, self.weight, self.bias)
+        return super().forward(input)
 
     def is_exact(self, x: Tensor) -> bool:
         """Whether the layer multiplies ``x`` in fp32, by weights that lie here as a whole."""
@@ -45,32 +41,30 @@ def onednn_pays() -> bool:
     has_avx512 = (
         torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
     )
-    return has_avx512 and _amd_family() > 0
-
-
-def onednn_pays_for_weights() -> bool:
-    """Whether it does for weights' gradients, whose factors it has to turn round first."""
-    return onednn_pays() and _amd_family() > ZEN_4
+    return has_avx512 and amd_family() > 0
 
 
 @functools.cache
-def _amd_family() -> int:
-    """The processor's, and 0 where it is not AMD's."""
+def amd_family() -> int:
+    """The processor's, as Linux tells it; 0 where it is not AMD's."""
     cpus = Path("/proc/cpuinfo")
     about = cpus.read_text(encoding="utf-8") if cpus.exists() else ""
     family = re.search(r"^cpu family\s*: (\d+)$", about, re.MULTILINE)
     return int(family[1]) if family and "AuthenticAMD" in about else 0
 
 
+def onednn_takes(x: Tensor, weight: Tensor) -> bool:
+    """Whether `product` is oneDNN's: on CPUs in fp32, where it pays."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or not onednn_pays():
+        return False
+    return amd_family() > ZEN_4 or x.numel() * weight.size(0) >= LARGE
+
+
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x`` (..., in) times ``weight`` (out, in), in whatever order they lie."""
-    if x.device.type != "cpu" or x.dtype != torch.float32 or not onednn_pays():
-        return F.linear(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-def _trained(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return (_Product.apply if onednn_pays() else F.linear)(x, weight, bias)
+    if onednn_takes(x, weight):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
 
 
 class _Product(torch.autograd.Function):
@@ -86,7 +80,8 @@ class _Product(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         to_x, to_weight, to_bias = ctx.needs_input_grad
         rows, inputs = gradient.reshape(-1, gradient.size(-1)), x.reshape(-1, x.size(-1))
-        multiply = product if onednn_pays_for_weights() else F.linear
+        # oneDNN has to turn these two round first: on a Zen 4 that is more than it gains.
+        multiply = product if amd_family() > ZEN_4 else F.linear
         return (
             product(gradient, weight.t()) if to_x else None,
             multiply(rows.t(), inputs.t()) if to_weight else None,

@@ -231,7 +231,7 @@ def _step(learner: Learner, with_layers: bool) -> Step:
     taken = bool(np.isfinite(loss) and np.isfinite(grad_norm)) and not (spike and spike.rewinds)
     before = weights_before(learner.parameters) if with_layers else {}
     if taken:
-        if config.optim.grad_clip:
+        if 0 < config.optim.grad_clip < grad_norm + 1e-6:  # below, PyTorch would multiply by one
             clipped = learner.parameters.values()
             torch.nn.utils.clip_grads_with_norm_(clipped, config.optim.grad_clip, norm)
         learner.scaler.step(learner.optimizer)

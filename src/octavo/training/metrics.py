@@ -117,7 +117,7 @@ def last_event(path: Path) -> str:
 
 
 def gradient_norms(parameters: Mapping[str, nn.Parameter]) -> tuple[Tensor, dict[str, float]]:
-    """The gradient's norm; and each block's and the rest's, to see where it vanishes or explodes."""
+    """The gradient's norm, and by layer, to see where it vanishes or explodes."""
     norms = _norms({name: p.grad for name, p in parameters.items() if p.grad is not None})
     return torch.linalg.vector_norm(torch.stack(list(norms.values()))), _of_layers(norms)
 
