@@ -22,12 +22,15 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def cpu_model() -> str:
-    """The processor by the name its maker gives it."""
+    """The processor by its maker's name and, as one name has several kinds, by its numbers."""
     try:
-        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        about = Path("/proc/cpuinfo").read_text()
     except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()
+        about = ""
+    found = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)$", about, re.MULTILINE))
+    if len(found) < 3:
+        return platform.processor() or platform.machine()
+    return f"{found['model name']} (family {found['cpu family']}, model {found['model']})"
 
 
 def gpu_models() -> list[str]:
@@ -56,10 +59,15 @@ def row(what: str, unit: str, *values: float) -> dict[str, Any]:
     return {"what": what, "value": middle, "unit": unit, "low": min(values), "high": max(values)}
 
 
+def processor() -> str:
+    """What a record's file is named by: the GPU where there is one, or else the CPU."""
+    name = next(iter(gpu_models()), cpu_model())
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
 def write(record: dict[str, Any]) -> Path:
-    """Write the record as records/NAME-PROCESSOR-DATE.json, of the GPU where there is one."""
-    on = re.sub(r"[^a-z0-9]+", "-", next(iter(gpu_models()), cpu_model()).lower()).strip("-")
+    """Write the record as records/NAME-PROCESSOR-DATE.json."""
     RECORDS.mkdir(exist_ok=True)
-    path = RECORDS / f"{record['name']}-{on}-{datetime.date.today().isoformat()}.json"
+    path = RECORDS / f"{record['name']}-{processor()}-{datetime.date.today().isoformat()}.json"
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return path

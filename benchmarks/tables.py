@@ -1,7 +1,8 @@
 """Tables and pictures from the records: `python benchmarks/tables.py` rewrites README and docs.
 
 Whatever stands between ``<!-- record: NAME -->`` and ``<!-- end -->`` is replaced by the newest
-``records/NAME-CPU-DATE.json`` as a table. A test fails while pages and records differ.
+``records/NAME-PROCESSOR-DATE.json`` as a table; after ``<!-- record: NAME on PROCESSOR -->`` by the
+newest of that processor. A test fails while pages and records differ.
 """
 
 import json
@@ -12,18 +13,21 @@ from typing import Any
 RECORDS = Path(__file__).parent / "records"
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
-MARKED = re.compile(r"(<!-- record: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKED = re.compile(
+    r"(<!-- record: (?P<name>[\w-]+)(?: on (?P<on>[\w-]+))? -->\n).*?(<!-- end -->)", re.DOTALL
+)
 
 
-def newest(name: str, records: Path = RECORDS) -> dict[str, Any]:
-    """The record of that name with the latest date; FileNotFoundError where there is none."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in by_date(records)]
-    named = [record for record in found if record["name"] == name]
-    if not named:
-        raise FileNotFoundError(
-            f"a page names the record {name!r}; {records} has none of that name"
-        )
-    return named[-1]
+def newest(name: str, records: Path = RECORDS, on: str | None = None) -> dict[str, Any]:
+    """The record of that name with the latest date; FileNotFoundError where there is none.
+
+    ``on`` is the only processor that counts, as file names have it.
+    """
+    for path in reversed(by_date(records)):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["name"] == name and on in (None, path.stem[len(name) + 1 : -len("-2000-01-01")]):
+            return record
+    raise FileNotFoundError(f"a page names the record {name!r}; {records} has none of that name")
 
 
 def by_date(records: Path) -> list[Path]:
@@ -52,7 +56,7 @@ def figure(value: float) -> str:
 
 def fill(text: str, records: Path = RECORDS) -> str:
     """``text`` with every marked table drawn anew."""
-    return MARKED.sub(lambda m: m[1] + table(newest(m["name"], records)) + m[3], text)
+    return MARKED.sub(lambda m: m[1] + table(newest(m["name"], records, m["on"])) + m[4], text)
 
 
 if __name__ == "__main__":

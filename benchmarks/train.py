@@ -2,7 +2,8 @@
 
     python benchmarks/train.py char --nanogpt CLONE --record           (or another of SHAPES)
     python benchmarks/train.py first-step --nanogpt CLONE --rounds 3 --record
-    python benchmarks/train.py presets --record  (three tables, from the records of all its shapes)
+    python benchmarks/train.py presets --record             (two tables, from its shapes' records)
+    python benchmarks/train.py ratios --record                (one table, from all shapes' records)
 
 At every shape all peers train one GPT-2 (without biases and dropout; AdamW, clipping at 1; eager,
 fp32) from the same weights on the same batches. litgpt has no learned positions: it trains the
@@ -167,14 +168,12 @@ def new_run(path: Path, shape: Shape) -> None:
 
 
 def presets(asked: Any) -> None:
-    """The mini transformer's two tables, of sizes and of times, and one of all shapes' ratios, from
-    the newest records.
-    """
+    """The mini transformer's two tables, of sizes and of times, from this processor's records."""
     from octavo.model.counts import count_parameters
 
     sizes, times, measured = [], [], {}
     for name in PRESETS:
-        measured, shape = newest(f"train-{name}"), SHAPES[name]
+        measured, shape = newest(f"train-{name}", on=record.processor()), SHAPES[name]
         known = {of["what"]: of for of in measured["results"]}
         count = count_parameters(model_config(shape, rotary=True)).total
         sizes.append(row(f"{name}: parameters", "", count))
@@ -185,15 +184,21 @@ def presets(asked: Any) -> None:
         tokens = PRESET_STEPS * PRESET_ROWS * shape.block_size
         hours = [tokens / known[ROTARY][rate] / 3600 for rate in ("low", "value", "high")]
         times.append(row(f"{name}: {PRESET_STEPS:,} steps of {PRESET_ROWS} rows", "h", *hours))
-    ratios = []
-    for name in (name for name, shape in SHAPES.items() if not shape.on_gpu):
-        known = {of["what"]: of for of in newest(f"train-{name}")["results"]}
-        for what, of in (("tokens/s", "95 % interval"), ("memory", "memory")):
-            ratios.append(known[f"octavo / nanoGPT, {of}"] | {"what": f"{name}: {what}"})
     facts = {name: measured[name] for name in ("versions", "rounds", "threads", "noisy")}
-    tables = {"presets-sizes": sizes, "presets-times": times, "train-ratios": ratios}
-    for name, rows in tables.items():
-        finish(name, asked, rows, facts)
+    finish("presets-sizes", asked, sizes, facts)
+    finish("presets-times", asked, times, facts)
+
+
+def ratios(asked: Any) -> None:
+    """Octavo's speed and memory over nanoGPT's at every shape, from this processor's records."""
+    found, measured = [], {}
+    for name in (name for name, shape in SHAPES.items() if not shape.on_gpu):
+        measured = newest(f"train-{name}", on=record.processor())
+        known = {of["what"]: of for of in measured["results"]}
+        for what, of in (("tokens/s", "95 % interval"), ("memory", "memory")):
+            found.append(known[f"octavo / nanoGPT, {of}"] | {"what": f"{name}: {what}"})
+    facts = {name: measured[name] for name in ("versions", "rounds", "threads", "noisy")}
+    finish("train-ratios", asked, found, facts)
 
 
 def first_step(asked: Any) -> None:
@@ -217,13 +222,13 @@ def is_there(module: str) -> bool:
 
 def main() -> None:
     parser = options(__doc__.splitlines()[0])
-    parser.add_argument("what", choices=[*SHAPES, "first-step", "presets"])
+    parser.add_argument("what", choices=[*SHAPES, "first-step", "presets", "ratios"])
     parser.add_argument("--nanogpt", type=Path, help="a clone of nanoGPT")
     parser.add_argument("--compiled", action="store_true", help="compiled steps besides")
     parser.add_argument("--only", help="peers by name, separated by ;")
     asked = parser.parse_args()
-    if asked.what == "presets":
-        return presets(asked)
+    if asked.what in ("presets", "ratios"):
+        return (presets if asked.what == "presets" else ratios)(asked)
     if asked.nanogpt is None:
         parser.error("--nanogpt CLONE is needed: git clone https://github.com/karpathy/nanoGPT")
     from peers import version_of  # not above: it imports PyTorch

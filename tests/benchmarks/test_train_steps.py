@@ -110,23 +110,23 @@ def test_shares_of_the_matrix_product_count_three_forward_passes():
     assert of["octavo / nanoGPT, memory"] == (0.9, 0.9)
 
 
-def test_the_presets_tables_are_made_of_their_shapes_records(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-):
+def test_tables_are_made_of_their_shapes_records(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """10,000 steps of 32 rows of 128 characters at 4,096 tokens a second are 10,000 seconds."""
 
-    def measured(name: str) -> dict[str, Any]:
+    def measured(name: str, on: str) -> dict[str, Any]:
         rates = {"value": 4096.0, "low": 2048.0, "high": 8192.0}
         names = (train.ROTARY, train.WRITING)
         results = [{"what": who, "unit": "tokens/s"} | rates for who in names]
         results += [{"what": f"{who}, memory", "unit": "MB"} | rates for who in names]
         rivals = ("95 % interval", "memory")
         results += [{"what": f"octavo / nanoGPT, {of}", "unit": "×"} | rates for of in rivals]
+        assert on == record.processor()
         return {"versions": {}, "rounds": 10, "threads": 2, "noisy": False, "results": results}
 
     monkeypatch.setattr(train, "newest", measured)
     monkeypatch.setattr(record, "RECORDS", tmp_path)
-    train.presets(argparse.Namespace(record=True))
+    for make in (train.presets, train.ratios):
+        make(argparse.Namespace(record=True))
     written = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(tmp_path.iterdir())]
     assert [of["name"] for of in written] == [
         "presets-sizes", "presets-times", "train-ratios",
