@@ -116,6 +116,10 @@ def test_a_table_is_drawn_from_the_newest_record(tmp_path: Path):
     assert fill(drawn, tmp_path) == drawn
     with pytest.raises(FileNotFoundError, match="speed"):
         fill("<!-- record: speed -->\n<!-- end -->", tmp_path)
+    record["machine"] = "a rack"
+    (tmp_path / "writing-other-cpu-2026-11-04.json").write_text(json.dumps(record), "utf-8")
+    assert "on a rack" in fill(drawn, tmp_path)
+    assert "on a laptop" in fill(drawn.replace("writing", "writing on cpu", 1), tmp_path)
 
 
 def test_every_picture_is_drawn_from_the_newest_record(monkeypatch: pytest.MonkeyPatch):
