@@ -1,7 +1,7 @@
 """From a row of tokens to batches: which windows are seen and in which order, by arithmetic alone.
 
-The order is a function of the seed and the row's number. No generator is drawn from and nothing is
-kept, so a run goes on at any row, and several processes share one order by slicing it.
+The order is a function of the seed and the row's number. No generator is drawn from and nothing
+need be kept, so a run goes on at any row, and several processes share one order by slicing it.
 """
 
 import functools

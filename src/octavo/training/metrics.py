@@ -141,7 +141,8 @@ def layer_updates(
 
 def _norms(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The norm of each tensor."""
-    return dict(zip(tensors, map(full, torch._foreach_norm([*tensors.values()])), strict=True))
+    norms = full(torch.stack(torch._foreach_norm([*tensors.values()])))
+    return dict(zip(tensors, norms.unbind(), strict=True))
 
 
 def _of_layers(norms: Mapping[str, Tensor]) -> dict[str, float]:
