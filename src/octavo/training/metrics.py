@@ -10,7 +10,7 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +118,9 @@ def last_event(path: Path) -> str:
 
 def gradient_norms(parameters: Mapping[str, nn.Parameter]) -> tuple[Tensor, dict[str, float]]:
     """The gradient's norm, and by layer, to see where it vanishes or explodes."""
-    norms = _norms({name: p.grad for name, p in parameters.items() if p.grad is not None})
-    return torch.linalg.vector_norm(torch.stack(list(norms.values()))), _of_layers(norms)
+    gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+    norms = _norms(gradients)
+    return torch.linalg.vector_norm(norms), _of_layers(gradients, norms)
 
 
 def weights_before(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -135,20 +136,19 @@ def layer_updates(
     About a thousandth is usual; much less learns little, much more is not stable.
     """
     moved = {name: parameters[name].detach() - old for name, old in before.items()}
-    sizes, moves = _of_layers(_norms(before)), _of_layers(_norms(moved))
+    sizes, moves = _of_layers(before, _norms(before)), _of_layers(moved, _norms(moved))
     return {layer: move / sizes[layer] for layer, move in moves.items() if sizes[layer]}
 
 
-def _norms(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The norm of each tensor."""
-    norms = full(torch.stack(torch._foreach_norm([*tensors.values()])))
-    return dict(zip(tensors, norms.unbind(), strict=True))
+def _norms(tensors: Mapping[str, Tensor]) -> Tensor:
+    """The norm of each of N tensors, (N,)."""
+    return full(torch.stack(torch._foreach_norm([*tensors.values()])))
 
 
-def _of_layers(norms: Mapping[str, Tensor]) -> dict[str, float]:
-    """The norms of all tensors of a block together, and of the rest, by their parameters' names."""
+def _of_layers(names: Iterable[str], norms: Tensor) -> dict[str, float]:
+    """The norms (N,) of all tensors of a block together, and of the rest, by their N names."""
     layers: dict[str, list[float]] = {}
-    for name, norm in zip(norms, torch.stack([*norms.values()]).tolist(), strict=True):
+    for name, norm in zip(names, norms.tolist(), strict=True):
         parts = name.removeprefix("body.").split(".")  # a classifier's GPT is its body
         layer = ".".join(parts[:2]) if parts[0] == "blocks" else "rest"
         layers.setdefault(layer, []).append(norm)
