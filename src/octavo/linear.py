@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 ZEN_4 = 25  # AMD's family whose registers of AVX-512 are two halves
-LARGE = 2**26  # multiplications, from which a product gains there more than asking oneDNN costs
+LARGE = 2**25  # multiplications a thread, from which a product gains more than asking costs
 
 
 class Linear(nn.Linear):
@@ -57,7 +57,7 @@ def onednn_takes(x: Tensor, weight: Tensor) -> bool:
     """Whether `product` is oneDNN's: on CPUs in fp32, where it pays."""
     if x.device.type != "cpu" or x.dtype != torch.float32 or not onednn_pays():
         return False
-    return amd_family() > ZEN_4 or x.numel() * weight.size(0) >= LARGE
+    return amd_family() > ZEN_4 or x.numel() * weight.size(0) >= LARGE * torch.get_num_threads()
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -179,6 +179,8 @@ def test_examples_are_counted_as_long_as_they_are():
     x, y = task.batches.rows(0, 8)
 
     class Short:
+        block_size = 10
+
         def rows(self, first, count):
             return x[:count, :10], y[:count, :10]
 

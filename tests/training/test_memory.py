@@ -100,6 +100,15 @@ def memory(*settings, **conditions):
     return training_memory(config, Conditions(**conditions))
 
 
+def test_halves_take_a_second_gradient_while_both_are_there():
+    few = ("train.micro_batch_size=2", "model.block_size=128")  # gradients are the most of it
+    whole, halves = memory(*few), memory(*few, even=True)
+    assert 0.9 < (halves.step - whole.step) / whole.gradients <= 1
+    assert memory(*few, "train.grad_accum=2", "model.dropout=0.1", even=True) == memory(
+        *few, "train.grad_accum=2", "model.dropout=0.1"
+    )
+
+
 def test_each_saving_saves():
     whole = memory("train.micro_batch_size=16")
     assert memory("train.micro_batch_size=8", "train.grad_accum=2").step < whole.step
@@ -203,6 +212,20 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="the resident set's p
 @pytest.mark.parametrize("name", list(MEASURED)[:2])
 def test_a_process_grows_by_what_was_predicted(tmp_path, name):
     found = measured_over_predicted(tmp_path, MEASURED[name])
+    assert found == pytest.approx(1, abs=0.15)
+
+
+@linux
+@pytest.mark.parametrize("words", [["model.block_size=64"], ["optim.name=muon"]])
+def test_a_process_that_trains_in_halves_grows_by_what_was_predicted(tmp_path, words):
+    """By a second gradient, and by as much else as in one piece."""
+    sizes = ["model.n_layer=4", "model.d_model=384", "train.micro_batch_size=8"]
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = measured_over_predicted(tmp_path, [*SMALL, *sizes, *words])
+    finally:
+        torch.set_num_threads(before)
     assert found == pytest.approx(1, abs=0.15)
 
 

@@ -169,6 +169,7 @@ def profile_training(
     step()  # the optimizer's averages are made in the first
     seconds = statistics.median(timed(step) for _ in range(steps))
     memory = peak_memory(device) - before
+    learner.halves = False  # it sees one thread
     times = trace(all_steps, learner.model, path)
     precision = choose_precision(config.train.precision, device)
     machine = measure_machine(device, precision)

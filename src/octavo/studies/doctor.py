@@ -22,7 +22,7 @@ from octavo.generating.native_build import NoLibraryError, find_compiler, load_l
 from octavo.language_model import choose_device
 from octavo.model.counts import count_parameters
 from octavo.reporting.report import read_metrics
-from octavo.training.hardware import peak_flops
+from octavo.training.hardware import peak_flops, step_threads
 from octavo.training.learner import choose_precision
 from octavo.training.memory import Conditions, free_memory
 from octavo.training.muon import multiplies_bf16
@@ -147,7 +147,9 @@ def examine_run(run: Run) -> RunFacts:
         path=str(run.path),
         config=config,
         conditions=Conditions(
-            device.type, choose_precision(config.train.precision, device) != torch.float32
+            device.type,
+            half=choose_precision(config.train.precision, device) != torch.float32,
+            even=step_threads(config.train.threads) % 2 == 0,
         ),
         parameters=count_parameters(config.model).total,
         tokens_in_text=data.get("tokens", 0),

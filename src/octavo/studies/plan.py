@@ -23,6 +23,7 @@ from octavo.studies.plan_probe import MOST_PASSES, STEPS, Probe, probe
 from octavo.studies.plan_remarks import ARRANGED, remarks_on
 from octavo.text.batches import Batches, fixed_windows
 from octavo.training.deadline import DRAFT_SHARE
+from octavo.training.hardware import step_threads
 from octavo.training.learner import choose_precision
 from octavo.training.memory import (
     ROOM,
@@ -123,7 +124,8 @@ def count_plan(task: Task, device: torch.device, beside: Path, done: int = 0) ->
     width = task.batches.block_size  # or as many tokens as the longest example has
     count, trainable = count_parameters(model), trainable_count(task)
     half = choose_precision(train.precision, device) != torch.float32
-    conditions = Conditions(device.type, half, width, trainable)
+    even = step_threads(train.threads) % 2 == 0
+    conditions = Conditions(device.type, half, width, trainable, even)
     memory, free = training_memory(config, conditions), free_memory(device.type)
     fitting = largest_fitting(config, conditions, free * ROOM)
     flops, step = flops_per_token(model, width), train.batch_size * width

@@ -21,10 +21,11 @@ from octavo.text.batches import document_mask
 from octavo.training import sharded
 from octavo.training.canonical import canonical_gradients, prepare_canonical
 from octavo.training.display import Display
+from octavo.training.halves import goes_in_halves, side_by_side
 from octavo.training.hardware import limited_threads, step_threads
 from octavo.training.loss import cross_entropy
 from octavo.training.metrics import gradient_norms, layer_updates, weights_before
-from octavo.training.muon import multiplies_bf16
+from octavo.training.muon import Muon, multiplies_bf16
 from octavo.training.optim import (
     build_optimizer,
     dropout_at,
@@ -79,6 +80,8 @@ class Learner:
     """Whether each process holds a part of the model, and not all of it."""
     whole: GPT | Classifier | None = None
     """On the first process of a sharded model: room for all of it, on the CPU."""
+    halves: bool = False
+    """Whether each micro-batch goes in two halves, where there is an even number of threads."""
 
     @property
     def device(self) -> torch.device:
@@ -159,6 +162,7 @@ def build_learner(
         ranks=ranks,
         sharded=cut,
         whole=whole,
+        halves=goes_in_halves(config, device.type, task.batches.block_size) and not cut,
     )
     if config.train.compile is True and not (cut or canonical):
         with limited_threads(config.train.threads):  # the compiler counts them
@@ -201,11 +205,13 @@ def optimizer_step(learner: Learner, with_layers: bool = False) -> Step:
     that is not finite, or leaps where ``train.on_spike`` is rewind, is seen before the optimizer:
     the step is not taken, its rows are used up.
     """
-    with limited_threads(learner.task.config.train.threads):
-        return _step(learner, with_layers)
+    threads = step_threads(learner.task.config.train.threads)
+    halves = learner.halves and threads % 2 == 0
+    with limited_threads(threads // 2 if halves else threads):
+        return _step(learner, with_layers, halves)
 
 
-def _step(learner: Learner, with_layers: bool) -> Step:
+def _step(learner: Learner, with_layers: bool, halves: bool) -> Step:
     config, progress = learner.task.config, learner.progress
     train, last = config.train, learner.horizon
     lr = set_lr(learner.optimizer, lr_at(progress.step, config.optim, last))
@@ -216,9 +222,8 @@ def _step(learner: Learner, with_layers: bool) -> Step:
     starts, micro = learner.ranks.rows(first, train)
     batches = [(row, *learner.task.batches.rows(row, micro)) for row in starts]
     n_targets = learner.ranks.total(sum(int((y != -100).sum()) for _, _, y in batches))
-    backward = functools.partial(
-        _backward, learner, n_targets, bool(dropout or config.lora.dropout)
-    )
+    keyed = bool(dropout or config.lora.dropout)
+    backward = functools.partial(_backward, learner, n_targets, keyed, halves)
     if train.deterministic == "canonical":
         total = canonical_gradients(learner.model, learner.ranks, batches, backward)
     else:
@@ -234,6 +239,8 @@ def _step(learner: Learner, with_layers: bool) -> Step:
         if 0 < config.optim.grad_clip < grad_norm + 1e-6:  # below, PyTorch would multiply by one
             clipped = learner.parameters.values()
             torch.nn.utils.clip_grads_with_norm_(clipped, config.optim.grad_clip, norm)
+        if isinstance(learner.optimizer, Muon):
+            learner.optimizer.halves = halves
         learner.scaler.step(learner.optimizer)
     learner.scaler.update()
     learner.optimizer.zero_grad(set_to_none=True)
@@ -246,21 +253,48 @@ def _step(learner: Learner, with_layers: bool) -> Step:
 
 
 def _backward(
-    learner: Learner, n_targets: int, keyed: bool, batches: Sequence[tuple[int, Any, Any]]
+    learner: Learner,
+    n_targets: int,
+    keyed: bool,
+    halves: bool,
+    batches: Sequence[tuple[int, Any, Any]],
 ) -> Tensor:
     """Add the gradients of some micro-batches, (first row, x, y) each; return their summed loss.
 
     ``keyed``: there is dropout, which is drawn anew from seed, step and row.
     """
+    add_gradients = _add_gradients_of_halves if halves else _add_gradients
     seed, step = learner.task.config.train.seed, learner.progress.step
     total = torch.zeros((), device=learner.device)
     for row, x, y in batches:
         if keyed:
             torch.manual_seed(splitmix64(splitmix64(seed, step), row))
-        nll = _nll(learner, learner.loss, x, y)
-        learner.scaler.scale(nll / n_targets).backward()
-        total += nll.detach()
+        total += add_gradients(learner, n_targets, x, y)
     return total
+
+
+def _add_gradients(learner: Learner, n_targets: int, x: np.ndarray, y: np.ndarray) -> Tensor:
+    nll = _nll(learner, learner.loss, x, y)
+    learner.scaler.scale(nll / n_targets).backward()
+    return nll.detach()
+
+
+def _add_gradients_of_halves(
+    learner: Learner, n_targets: int, x: np.ndarray, y: np.ndarray
+) -> Tensor:
+    """At once; the second half's lie beside the first's until both are there."""
+    middle = len(x) // 2
+    trained = [p for p in learner.parameters.values() if p.requires_grad]
+
+    def second() -> tuple[Tensor, Sequence[Tensor | None]]:
+        nll = _nll(learner, learner.loss, x[middle:], y[middle:])
+        return nll.detach(), torch.autograd.grad(nll / n_targets, trained, allow_unused=True)
+
+    first = functools.partial(_add_gradients, learner, n_targets, x[:middle], y[:middle])
+    total, (nll, gradients) = side_by_side(first, second)
+    pairs = [(p.grad, g) for p, g in zip(trained, gradients, strict=True) if g is not None]
+    torch._foreach_add_(*map(list, zip(*pairs, strict=True)))
+    return total + nll
 
 
 def _gradients(learner: Learner) -> list[Tensor]:

@@ -19,7 +19,7 @@ VALIDATED = 16_384  # tokens that `score_windows` takes at once
 ROOM = 0.9  # of what is free may be planned with
 MUON_COPIES = 4  # of the largest group of equal matrices, while they are made orthogonal
 LOGITS = 2**23  # that exist at once in fp32, where the configuration does not say how many rows
-BF16_KERNELS = 16_000_000  # bytes of compiled code and buffers, where a CPU multiplies bfloat16
+BF16_KERNELS = 16_000_000  # bytes of code and buffers of a thread, where a CPU multiplies bfloat16
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,15 @@ class Memory:
 
 @dataclass(frozen=True)
 class Conditions:
-    """What else decides: the device, autocast to two bytes, rows shorter than block_size, and how
-    many parameters are trained where not all are.
+    """What else decides: the device, autocast to two bytes, rows shorter than block_size, how many
+    parameters are trained where not all are, and whether the number of CPU threads is even.
     """
 
     device: str = "cpu"
     half: bool = False
     width: int = 0
     trainable: int = 0
+    even: bool = False
 
     @property
     def small(self) -> int:
@@ -63,11 +64,14 @@ def training_memory(config: Config, conditions: Conditions) -> Memory:
     The base of adapters counts as weights; their activations are counted as if all were trained,
     which is a little too much.
     """
+    from octavo.training.halves import goes_in_halves
+
     model, train, small = config.model, config.train, conditions.small
     count = count_parameters(model)
     trainable = conditions.trainable or count.total
     T = conditions.width or model.block_size
     N = train.micro_batch_size * T
+    parts = 1 + (conditions.even and goes_in_halves(config, conditions.device, T))
     frozen = count.total if config.lora.rank or config.finetune.head_only else 0
     weights = FP32 * (frozen + trainable)
     gradients = FP32 * trainable
@@ -84,10 +88,10 @@ def training_memory(config: Config, conditions: Conditions) -> Memory:
     if train.grad_checkpoint:  # of each block its input alone, and one block computed again
         activations = N * model.n_layer * FP32 * model.d_model + ends
         working += block
-    logits, beside = _logits(config, N, conditions)
+    logits, beside = (parts * found for found in _logits(config, N // parts, conditions))
     head = logits + beside * embedding
     begin = activations + max(head, embedding + working) + gradients * (train.grad_accum > 1)
-    end = gradients + block + ends + embedding
+    end = parts * gradients + block + ends + embedding
     validated = min(max(VALIDATED // T, 1), config.eval.windows) * T
     scoring = max(2 * FP32 * model.vocab_size, _working(model, T, conditions))
     return Memory(
@@ -96,7 +100,10 @@ def training_memory(config: Config, conditions: Conditions) -> Memory:
         optimizer=optimizer,
         activations=activations,
         logits=logits,
-        step=weights + optimizer + max(begin, end, gradients + _updating(config, conditions)),
+        step=weights
+        + optimizer
+        + max(begin, end, gradients + _updating(config))
+        + parts * _kernels(config, conditions),
         validation=weights + optimizer + validated * scoring,
     )
 
@@ -178,17 +185,21 @@ def _averages(config: Config, trainable: int) -> int:
     return 2 * trainable - count.attention - count.mlp
 
 
-def _updating(config: Config, conditions: Conditions) -> int:
+def _updating(config: Config) -> int:
     """Bytes that come and go in the update: Muon works on all matrices of one shape together."""
-    from octavo.training.muon import multiplies_bf16
-
     if config.optim.name != "muon":
         return 0
     model = config.model
     widest = model.d_model * model.d_ff * (2 if model.gated else 1)
-    kernels = conditions.device == "cpu" and multiplies_bf16(conditions.device)
-    copies = FP32 * MUON_COPIES * model.n_layer * max(widest, 4 * model.d_model**2)
-    return copies + kernels * BF16_KERNELS
+    return FP32 * MUON_COPIES * model.n_layer * max(widest, 4 * model.d_model**2)
+
+
+def _kernels(config: Config, conditions: Conditions) -> int:
+    """Bytes that stay with a thread from its first update on."""
+    from octavo.training.muon import multiplies_bf16
+
+    on_cpu = config.optim.name == "muon" and conditions.device == "cpu"
+    return BF16_KERNELS if on_cpu and multiplies_bf16("cpu") else 0
 
 
 def arrangements(config: Config) -> list[Config]:

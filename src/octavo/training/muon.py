@@ -5,11 +5,14 @@ followed at the same rate, so a step teaches more than AdamW's. What is no matri
 (embeddings, head, norms, biases, adapters) is AdamW's, in the same optimizer.
 """
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from octavo.training.halves import side_by_side
 
 # Each iteration's polynomial is the best there is for the singular values the one before it leaves:
 # Amsel et al. 2025, The Polar Express (arXiv 2505.16932), table of their reference code.
@@ -56,13 +59,21 @@ def multiplies_bf16(device: str) -> bool:
 class Muon(torch.optim.AdamW):
     """Muon for the groups that say ``muon``, fused AdamW for the others."""
 
+    halves = False
+    """Whether another thread takes half of the matrices of a shape."""
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         """One update; a matrix's gradient is gone afterwards, so that AdamW passes over it."""
         for group in self.param_groups:
             if group["muon"]:
                 for alike in _by_shape(p for p in group["params"] if p.grad is not None):
-                    _update(alike, group, self.state)
+                    update = functools.partial(_update, group, self.state)
+                    if self.halves and len(alike) > 1:
+                        halves = (functools.partial(update, alike[i::2]) for i in (0, 1))
+                        side_by_side(*halves)
+                    else:
+                        update(alike)
         super().step(closure)
 
 
@@ -74,10 +85,11 @@ def _by_shape(parameters: Iterable[nn.Parameter]) -> Iterable[list[nn.Parameter]
     return shapes.values()
 
 
+@torch.no_grad()
 def _update(
-    parameters: list[nn.Parameter],
     group: Mapping[str, Any],
     state: Mapping[Any, dict[str, Tensor]],
+    parameters: list[nn.Parameter],
 ) -> None:
     """Nesterov momentum, made orthogonal, times the rate; a tall matrix takes longer steps."""
     gradients = [p.grad for p in parameters if p.grad is not None]
