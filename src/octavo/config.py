@@ -105,7 +105,8 @@ class TrainConfig(Group, path="train"):
     device: str = "auto"
     """cuda, mps, cpu or auto."""
     threads: Whole = 0
-    """CPU threads that a step takes at most; 0: as many as PyTorch has."""
+    """CPU threads that a step takes at most; 0: as many as PyTorch has. Where they are even, two
+    halves of the rows are taken at once."""
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
     """Under torchrun, all of the model on each process (ddp) or a part (fsdp); auto: fsdp where
     weights, gradients and optimizer fill more than 60 % of one device."""

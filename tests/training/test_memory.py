@@ -100,13 +100,15 @@ def memory(*settings, **conditions):
     return training_memory(config, Conditions(**conditions))
 
 
-def test_halves_take_a_second_gradient_while_both_are_there():
-    few = ("train.micro_batch_size=2", "model.block_size=128")  # gradients are the most of it
+def test_halves_keep_the_gradients_of_earlier_passes_apart():
+    few = ("train.micro_batch_size=2", "model.block_size=128", "model.d_model=768")
+    assert memory(*few, even=True) == memory(*few)
+    few += ("train.grad_accum=2",)
     whole, halves = memory(*few), memory(*few, even=True)
-    assert 0.9 < (halves.step - whole.step) / whole.gradients <= 1
-    assert memory(*few, "train.grad_accum=2", "model.dropout=0.1", even=True) == memory(
-        *few, "train.grad_accum=2", "model.dropout=0.1"
-    )
+    assert halves.step > whole.step
+    assert halves.step == pytest.approx(whole.step, rel=0.25)
+    few += ("model.dropout=0.1",)
+    assert memory(*few, even=True) == memory(*few)
 
 
 def test_each_saving_saves():
@@ -179,10 +181,12 @@ MEASURED = {
 }  # fmt: skip
 
 
-def two_steps_need(task):
-    """Bytes in this process."""
+def two_steps_need(task, threads):
+    """Bytes in this process; more threads only in steps that go in halves: a fork has no OpenMP."""
+    torch.set_num_threads(1)
     memory = Growth(task.config, CPU)
     learner = build_learner(task, CPU, Display(quiet=True))
+    torch.set_num_threads(threads)
     for _ in range(STEPS):
         optimizer_step(learner)
     return memory.needed()
@@ -197,7 +201,9 @@ def measured_over_predicted(tmp_path, settings):
     task = prepare(config, "cpu", tmp_path / "run")
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
-    child = context.Process(target=lambda: theirs.send(two_steps_need(task)))
+    child = context.Process(
+        target=lambda: theirs.send(two_steps_need(task, torch.get_num_threads()))
+    )
     child.start()
     assert ours.poll(100)
     found = ours.recv()
@@ -216,9 +222,8 @@ def test_a_process_grows_by_what_was_predicted(tmp_path, name):
 
 
 @linux
-@pytest.mark.parametrize("words", [["model.block_size=64"], ["optim.name=muon"]])
+@pytest.mark.parametrize("words", [["train.grad_accum=2"], ["optim.name=muon"]])
 def test_a_process_that_trains_in_halves_grows_by_what_was_predicted(tmp_path, words):
-    """By a second gradient, and by as much else as in one piece."""
     sizes = ["model.n_layer=4", "model.d_model=384", "train.micro_batch_size=8"]
     before = torch.get_num_threads()
     torch.set_num_threads(2)

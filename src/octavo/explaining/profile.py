@@ -38,7 +38,7 @@ from octavo.model.counts import cache_bytes
 from octavo.text.batches import Batches
 from octavo.text.files import counted
 from octavo.training.display import Display
-from octavo.training.hardware import peak_memory
+from octavo.training.hardware import peak_memory, step_threads
 from octavo.training.learner import Learner, build_learner, choose_precision, optimizer_step
 from octavo.training.task import Task
 
@@ -169,6 +169,8 @@ def profile_training(
     step()  # the optimizer's averages are made in the first
     seconds = statistics.median(timed(step) for _ in range(steps))
     memory = peak_memory(device) - before
+    if learner.halves and step_threads(config.train.threads) % 2 == 0:
+        remarks.append("taken apart in one piece; without the tracer it goes in two halves at once")
     learner.halves = False  # it sees one thread
     times = trace(all_steps, learner.model, path)
     precision = choose_precision(config.train.precision, device)

@@ -282,19 +282,18 @@ def _add_gradients(learner: Learner, n_targets: int, x: np.ndarray, y: np.ndarra
 def _add_gradients_of_halves(
     learner: Learner, n_targets: int, x: np.ndarray, y: np.ndarray
 ) -> Tensor:
-    """At once; the second half's lie beside the first's until both are there."""
+    """At once. Which half's come first is chance, but not the sum of two: earlier ones wait."""
     middle = len(x) // 2
-    trained = [p for p in learner.parameters.values() if p.requires_grad]
-
-    def second() -> tuple[Tensor, Sequence[Tensor | None]]:
-        nll = _nll(learner, learner.loss, x[middle:], y[middle:])
-        return nll.detach(), torch.autograd.grad(nll / n_targets, trained, allow_unused=True)
-
-    first = functools.partial(_add_gradients, learner, n_targets, x[:middle], y[:middle])
-    total, (nll, gradients) = side_by_side(first, second)
-    pairs = [(p.grad, g) for p, g in zip(trained, gradients, strict=True) if g is not None]
-    torch._foreach_add_(*map(list, zip(*pairs, strict=True)))
-    return total + nll
+    earlier = [(p, p.grad) for p in learner.parameters.values() if p.grad is not None]
+    learner.optimizer.zero_grad(set_to_none=True)
+    halves = (
+        functools.partial(_add_gradients, learner, n_targets, x[rows], y[rows])
+        for rows in (slice(0, middle), slice(middle, None))
+    )
+    first, second = side_by_side(*halves)
+    for p, gradient in earlier:
+        p.grad = gradient if p.grad is None else gradient.add_(p.grad)
+    return first + second
 
 
 def _gradients(learner: Learner) -> list[Tensor]:

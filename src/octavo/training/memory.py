@@ -90,8 +90,9 @@ def training_memory(config: Config, conditions: Conditions) -> Memory:
         working += block
     logits, beside = (parts * found for found in _logits(config, N // parts, conditions))
     head = logits + beside * embedding
-    begin = activations + max(head, embedding + working) + gradients * (train.grad_accum > 1)
-    end = parts * gradients + block + ends + embedding
+    waiting = gradients * (train.grad_accum > 1)  # those of earlier passes, and in halves apart
+    begin = activations + max(head, embedding + working) + waiting
+    end = gradients + (parts - 1) * waiting + block + ends + embedding
     validated = min(max(VALIDATED // T, 1), config.eval.windows) * T
     scoring = max(2 * FP32 * model.vocab_size, _working(model, T, conditions))
     return Memory(
