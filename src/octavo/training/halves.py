@@ -2,7 +2,7 @@
 
 PyTorch shares every operation out among all threads, which meet again before the next one, and
 each reads what another core wrote. Halves of the rows meet once a step, as two processes' do, and
-share one model's memory: a sixth more tokens a second on two cores (docs/speed.md).
+share one model's memory: up to a sixth more tokens a second on two cores (docs/speed.md).
 """
 
 import functools
@@ -17,7 +17,6 @@ from octavo.config import Config
 
 Here = TypeVar("Here")
 Beside = TypeVar("Beside")
-
 
 FEWEST = 256  # tokens of a micro-batch; with fewer, Python's lock costs more than waiting
 
