@@ -1,5 +1,6 @@
 """Two halves of a step, side by side, are the step."""
 
+import multiprocessing
 import signal
 import threading
 
@@ -204,8 +205,6 @@ def test_a_half_that_is_not_finite_keeps_the_step_from_being_taken(text, tmp_pat
 
 def test_a_fork_has_a_second_thread_of_its_own():
     """Its parent's does not exist there; waiting for it would last forever."""
-    import multiprocessing
-
     assert side_by_side(lambda: 1, lambda: 2) == (1, 2)
     context = multiprocessing.get_context("fork")
     answers = context.Queue()
